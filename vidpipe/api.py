@@ -1,0 +1,465 @@
+"""The library in a few calls: files to files, frames to frames, arrays to arrays."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidpipe.errors import GraphError, InputError, SpecError
+from vidpipe.frame import Color, Frame, FrameSpec, Matrix, Range, pixel_format
+from vidpipe.graph import Graph
+from vidpipe.link import Link, LinkClosed
+from vidpipe.pipeline import Pipeline, Report
+from vidpipe.stage import FrameSource, Sink
+
+QUALITIES = ("nano", "fast", "quality")
+PathLike = str | os.PathLike[str]
+
+
+def model_chain(
+    *,
+    model: PathLike | None = None,
+    scale: float | None = None,
+    denoise: float | None = None,
+    quality: str = "nano",
+) -> list[dict[str, Any]]:
+    """Return the stages between decoder and encoder for what was asked.
+
+    Args:
+        model: name of a built-in model or path of an ONNX file; by default a built-in one is
+            chosen by scale, denoise and quality.
+        scale: wanted enlargement, 1 to 16; by default the model's own, or 2.
+        denoise: strength of noise and artefact removal, 0 to 1; None leaves it to the model.
+        quality: tier of the built-in models: "nano", "fast" or "quality".
+
+    Returns:
+        Options of each stage, with "use" among them. A model is repeated until the picture is
+        large enough, and a resize brings it to a scale that is not a power of the model's.
+
+    Raises:
+        InputError: a value is out of range, or nothing would be done.
+        ModelError: the model cannot be used.
+    """
+    from vidpipe.model.descriptor import describe, find_model
+
+    if quality not in QUALITIES:
+        raise InputError(f"quality is '{quality}'", hint=f"Use {', '.join(QUALITIES)}")
+    if denoise is not None and not 0 <= denoise <= 1:
+        raise InputError(f"denoise is {denoise}, expected 0 to 1")
+    if scale is not None and not (math.isfinite(scale) and 1 <= scale <= 16):
+        raise InputError(f"scale is {scale}, expected 1 to 16")
+
+    if model is None:
+        clean_tier = "fast" if quality == "quality" else quality
+        if scale == 1:
+            model = f"clean-1x-{clean_tier}"
+        elif denoise is not None:
+            model = f"clean-2x-{quality}"
+        else:
+            model = f"{quality}-2x"
+    first = describe(find_model(str(model)))
+    target = float(scale if scale is not None else first.scale)
+    if denoise is not None and first.strength is None:
+        raise InputError(
+            f"model '{first.name}' has no strength to set with denoise",
+            hint="Use a clean model, such as clean-2x-nano",
+        )
+    stage: dict[str, Any] = {"use": "model", "model": str(model)}
+    if denoise is not None:
+        stage["strength"] = float(denoise)
+    chain = [stage]
+    reached = first.scale
+    repeat = stage
+    if (first.scale == 1 and target > 1) or (denoise is not None and target > reached):
+        repeat = {"use": "model", "model": f"{quality}-2x"}
+    while reached < target:
+        step = describe(find_model(repeat["model"])).scale
+        chain.append(dict(repeat))
+        reached *= step
+    if not math.isclose(reached, target):
+        chain.append({"use": "resize", "scale": target / reached})
+    return chain
+
+
+def build_graph(
+    source: PathLike | None,
+    destination: PathLike | None,
+    *,
+    graph: PathLike | None = None,
+    model: PathLike | None = None,
+    scale: float | None = None,
+    denoise: float | None = None,
+    quality: str = "nano",
+    device: str | None = None,
+    threads: int | None = None,
+    decode: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
+    encode: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> Graph:
+    """Return the graph for one file.
+
+    Args:
+        source: the input file, for the graph's decode stages that name none.
+        destination: the output file, for its encode stage that names none.
+        graph: name of a shipped graph or path of a TOML file; by default decode, the chain
+            of `model_chain`, encode.
+        model, scale, denoise, quality: see `model_chain`.
+        device: for every model stage: "auto", "cpu"...
+        threads: for every stage that takes it.
+        decode, models, encode: options of all stages of that kind.
+        overrides: "stage.key=value" each; they win over everything else.
+
+    Raises:
+        GraphError: the graph is wrong or does not fit the other arguments.
+    """
+    if graph is None:
+        built = Graph("decode, enhance, encode")
+        built.add("source", "decode", path="")
+        previous = "source"
+        chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality)
+        for number, options in enumerate(chain):
+            use = options.pop("use")
+            name = "resize" if use == "resize" else "model" if number == 0 else f"model{number + 1}"
+            built.add(name, use, previous, **options)
+            previous = name
+        built.add("sink", "encode", previous, path="")
+        for name in ("source", "sink"):
+            del built.nodes[name].options["path"]
+    else:
+        built = Graph.load(Path(graph))
+        nodes = built.using("model")
+        for key, value in (("model", model), ("strength", denoise)):
+            if value is None:
+                continue
+            if len(nodes) != 1:
+                raise GraphError(
+                    f"{built.origin} has {len(nodes)} model stages",
+                    hint=f"Choose one: --set STAGE.{key}=VALUE",
+                )
+            built.set(nodes[0].name, key, str(value) if key == "model" else value)
+        if scale is not None:
+            raise GraphError(
+                "--scale and --graph do not go together", hint="The graph's models set the scale"
+            )
+    for use, given in (("decode", decode), ("model", models), ("encode", encode)):
+        for node in built.using(use):
+            for key, value in (given or {}).items():
+                built.set(node.name, key, value)
+    for node in built.nodes.values():
+        if device is not None and node.use == "model":
+            built.set(node.name, "device", device)
+        if threads is not None and node.use in ("decode", "model", "encode"):
+            built.set(node.name, "threads", threads)
+    for assignment in overrides:
+        built.override(assignment)
+    for node in built.using("decode"):
+        if source is not None:
+            node.options.setdefault("path", str(source))
+    open_ends = [n for n in built.using("encode") if "path" not in n.options]
+    if destination is not None and open_ends:
+        if len(open_ends) > 1:
+            names = ", ".join(n.name for n in open_ends)
+            raise GraphError(
+                f"{built.origin} has several encode stages without a path: {names}",
+                hint="Set each with --set STAGE.path=FILE",
+            )
+        built.set(open_ends[0].name, "path", str(destination))
+    built.validate()
+    return built
+
+
+def enhance(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    progress: Callable[[Pipeline], None] | None = None,
+    **options: Any,
+) -> Report:
+    """Enhance one file into another, as `vidpipe run` does.
+
+    Args:
+        source: any file that FFmpeg reads.
+        destination: .mp4, .mkv, .mov, .webm or .ts; complete when this returns.
+        progress: called about five times a second while it runs.
+        options: see `build_graph`.
+
+    Returns:
+        What was done; `problems` is empty when everything adds up.
+
+    Raises:
+        VidpipeError: nothing is left under the name of the destination.
+    """
+    pipeline = Pipeline(build_graph(source, destination, **options))
+    if progress is None:
+        return pipeline.run()
+    pipeline.start()
+    try:
+        while not pipeline.wait(0.2):
+            progress(pipeline)
+    except BaseException:
+        pipeline.abort()
+        pipeline.wait()
+        raise
+    return pipeline.report()
+
+
+def read(path: PathLike, **options: Any) -> Iterator[Frame]:
+    """Yield the frames of a file as the decoder gives them.
+
+    Args:
+        path: any file that FFmpeg reads.
+        options: of the decode stage, such as `start_s`.
+
+    Raises:
+        MediaError: the file cannot be read.
+    """
+    from vidpipe.media.decode import Decode
+
+    decoder = Decode(path=str(path), **options)
+    try:
+        decoder.plan()
+        decoder.open()
+        yield from decoder.frames()
+    finally:
+        decoder.close()
+
+
+class _Outlet(Sink):
+    """Hands frames to an iterator in another thread."""
+
+    def __init__(self) -> None:
+        self.link = Link(2)
+
+    def plan(self, spec: FrameSpec) -> None:
+        pass
+
+    def write(self, frame: Frame) -> None:
+        self.link.put(frame)
+
+    def finish(self) -> None:
+        self.link.end()
+
+    def close(self) -> None:
+        self.link.end()
+
+
+def stream(
+    frames: Iterable[Frame],
+    *,
+    model: PathLike | None = None,
+    scale: float | None = None,
+    denoise: float | None = None,
+    quality: str = "nano",
+    device: str = "auto",
+    threads: int = 0,
+) -> Iterator[Frame]:
+    """Yield enhanced frames, while the next ones are worked on.
+
+    Args:
+        frames: any iterable of frames with strictly rising pts, such as `read(path)`.
+        model, scale, denoise, quality: see `model_chain`.
+        device, threads: options of the model stages.
+
+    Yields:
+        As many frames, with the same pts. They may be kept.
+
+    Raises:
+        VidpipeError: a stage failed.
+    """
+    iterator = iter(frames)
+    first = next(iterator, None)
+    if first is None:
+        return
+
+    def all_frames() -> Iterator[Frame]:
+        yield first
+        yield from iterator
+
+    graph = Graph("frames in, frames out").add("in", FrameSource(first.spec, all_frames()))
+    previous = "in"
+    chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality)
+    for number, options in enumerate(chain):
+        use = options.pop("use")
+        if use == "model":
+            options |= {"device": device, "threads": threads}
+        graph.add(f"{use}{number}", use, previous, **options)
+        previous = f"{use}{number}"
+    outlet = _Outlet()
+    graph.add("out", outlet, previous)
+    pipeline = Pipeline(graph)
+    pipeline.start()
+    try:
+        yield from outlet.link
+    except LinkClosed:
+        pass
+    finally:
+        if not pipeline.wait(0):
+            outlet.link.close()
+            pipeline.abort()
+        pipeline.wait()
+        if pipeline.error is not None:
+            raise pipeline.error
+
+
+class Enhancer:
+    """Maps a picture to an enhanced picture of the same kind.
+
+        enhancer = Enhancer("nano-2x")
+        large = enhancer(picture)
+
+    Takes NumPy arrays and anything with DLPack (PyTorch, CuPy, JAX) in host memory; gives
+    back the same library's type, the same layout and dtype. Layouts: (H, W), (H, W, C) and
+    (C, H, W) with C of 1 or 3 in the order R, G, B. Values: uint8 and uint16 in full range,
+    floats 0..1 (computed with 16 bits: steps of 1/65535, values outside are clipped).
+
+    Args:
+        model: name of a built-in model, or path of an ONNX file.
+        strength: 0 to 1, for models that have it.
+        device: see the model stage.
+        threads: 0 leaves it to the runtime.
+
+    Raises:
+        ModelError: the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: PathLike = "nano-2x",
+        *,
+        strength: float | None = None,
+        device: str = "auto",
+        threads: int = 0,
+    ) -> None:
+        from vidpipe.model.stage import Model
+
+        self._stage = Model(model=str(model), strength=strength, device=device, threads=threads)
+        self._spec: FrameSpec | None = None
+
+    def __call__(self, picture: Any) -> Any:
+        """Enhance one picture.
+
+        Args:
+            picture: see the class; shape (H, W), (H, W, C) or (C, H, W).
+
+        Returns:
+            An array of the same library, layout and dtype, `scale` times as large.
+
+        Raises:
+            SpecError: layout or dtype is not supported.
+        """
+        array = picture if isinstance(picture, np.ndarray) else _from_dlpack(picture)
+        channels_first, planes = _to_planes(array)
+        height, width = planes[0].shape
+        name = "gray" if len(planes) == 1 else "gbrp"
+        spec = FrameSpec(
+            width=width,
+            height=height,
+            format=pixel_format(name if planes[0].dtype == np.uint8 else f"{name}16le"),
+            color=Color(
+                matrix=Matrix.RGB if len(planes) == 3 else Matrix.UNSPECIFIED, range=Range.FULL
+            ),
+            time_base=Fraction(1),
+        )
+        if self._spec is None:
+            self._stage.plan(spec)
+            self._stage.open()
+        elif spec != self._spec:
+            self._stage.replan(spec)
+        self._spec = spec
+        (out,) = self._stage.process(Frame(tuple(planes), spec, 0))
+        result = _from_planes(out.planes, array, channels_first)
+        return result if isinstance(picture, np.ndarray) else _to_library(result, picture)
+
+    def close(self) -> None:
+        """Let go of the session."""
+        if self._spec is not None:
+            self._stage.close()
+            self._spec = None
+
+    def __enter__(self) -> Enhancer:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def _from_dlpack(picture: Any) -> np.ndarray[Any, Any]:
+    if not hasattr(picture, "__dlpack__"):
+        raise SpecError(
+            f"a picture of type {type(picture).__name__}", hint="Give an array with DLPack"
+        )
+    try:
+        return np.from_dlpack(picture)
+    except (BufferError, RuntimeError, TypeError) as error:
+        raise SpecError(
+            f"the {type(picture).__name__} cannot be read in host memory: {error}",
+            hint="Move it to the CPU first",
+        ) from None
+
+
+def _to_library(result: np.ndarray[Any, Any], like: Any) -> Any:
+    """Return the result as an array of the library that `like` comes from."""
+    package = sys.modules[type(like).__module__.partition(".")[0]]
+    convert = getattr(package, "from_dlpack", None)
+    return result if convert is None else convert(result)
+
+
+def _to_planes(array: np.ndarray[Any, Any]) -> tuple[bool, list[np.ndarray[Any, Any]]]:
+    """Return whether channels come first, and the planes: Y, or G, B, R."""
+    if array.ndim == 2:
+        channels_first, channels = True, [array]
+    elif array.ndim == 3 and array.shape[2] in (1, 3):
+        channels_first, channels = False, [array[:, :, c] for c in range(array.shape[2])]
+    elif array.ndim == 3 and array.shape[0] in (1, 3):
+        channels_first, channels = True, list(array)
+    else:
+        raise SpecError(
+            f"a picture of shape {array.shape}",
+            hint="Supported: (H, W), (H, W, C) and (C, H, W), C = 1 or 3",
+        )
+    if array.dtype in (np.uint8, np.uint16):
+        planes = channels
+    elif array.dtype.kind == "f":
+        planes = [
+            np.rint(np.clip(np.nan_to_num(c), 0, 1) * np.float32(65535)).astype(np.uint16)
+            for c in channels
+        ]
+    else:
+        raise SpecError(
+            f"a picture of dtype {array.dtype}", hint="Supported: uint8, uint16 and floats 0..1"
+        )
+    return channels_first, planes if len(planes) == 1 else [planes[1], planes[2], planes[0]]
+
+
+def _from_planes(
+    planes: Sequence[np.ndarray[Any, Any]], like: np.ndarray[Any, Any], channels_first: bool
+) -> np.ndarray[Any, Any]:
+    channels = list(planes) if len(planes) == 1 else [planes[2], planes[0], planes[1]]
+    if like.ndim == 2:
+        result = np.array(channels[0])
+    else:
+        result = np.stack(channels, axis=0 if channels_first else 2)
+    if like.dtype.kind == "f":
+        return (result / np.float32(65535)).astype(like.dtype)
+    return result
+
+
+def output_path(source: Path, folder: Path, suffix: str | None = None) -> Path:
+    """Return where the copy of `source` goes in an output folder.
+
+    Containers that vidpipe does not write become .mkv, which holds everything.
+    """
+    from vidpipe.media.encode import CONTAINERS
+
+    chosen = suffix or source.suffix.lower()
+    return folder / (source.stem + (chosen if chosen in CONTAINERS else ".mkv"))

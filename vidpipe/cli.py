@@ -1,0 +1,511 @@
+"""The command line: parsing and printing only.
+
+Exit codes: 0 done; 1 a bug; 2 bad input, options or output; 3 the device or an optional
+package is missing; 4 the run ended but its report does not add up; 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vidpipe import __version__
+from vidpipe.errors import InputError, VerificationError, VidpipeError
+from vidpipe.graph import Graph, shipped_graphs
+from vidpipe.pipeline import Pipeline, Report
+
+EXIT_STOPPED = 130
+
+app = typer.Typer(
+    help="Real-time video enhancement.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+
+class Quality(StrEnum):
+    """Tiers of the built-in models."""
+
+    nano = "nano"
+    fast = "fast"
+    quality = "quality"
+
+
+class Deinterlace(StrEnum):
+    """When to deinterlace."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+def main() -> None:
+    """Run the command line and exit with a documented code."""
+    try:
+        app(standalone_mode=False)
+    except VidpipeError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        err.print("vidpipe: stopped")
+        sys.exit(EXIT_STOPPED)
+    except Exception as error:
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+
+
+def _print_error(error: VidpipeError) -> None:
+    err.print(
+        f"vidpipe: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Real-time video enhancement."""
+
+
+_PICTURE, _FILE, _RUN = "The picture", "The output file", "The run"
+
+
+@app.command()
+def run(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IN... OUT",
+            help="One or more input files, then the output file, or a folder for several.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Built-in model or ONNX file.", rich_help_panel=_PICTURE),
+    ] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(
+            help="Enlargement, 1 to 16. [default: the model's, 2]", rich_help_panel=_PICTURE
+        ),
+    ] = None,
+    denoise: Annotated[
+        float | None,
+        typer.Option(help="Remove noise and artefacts, 0 to 1.", rich_help_panel=_PICTURE),
+    ] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="Tier of the built-in models.", rich_help_panel=_PICTURE)
+    ] = Quality.nano,
+    graph: Annotated[
+        str | None,
+        typer.Option(help="Shipped graph or TOML file.", rich_help_panel=_PICTURE),
+    ] = None,
+    deinterlace: Annotated[
+        Deinterlace | None,
+        typer.Option(help="Deinterlace with bwdif. [default: auto]", rich_help_panel=_PICTURE),
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="h264, hevc, av1, vp9, ffv1, prores... or an FFmpeg encoder.",
+            rich_help_panel=_FILE,
+        ),
+    ] = None,
+    crf: Annotated[
+        float | None, typer.Option(help="Constant quality.", rich_help_panel=_FILE)
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="The encoder's preset.", rich_help_panel=_FILE)
+    ] = None,
+    pix_fmt: Annotated[
+        str | None,
+        typer.Option(help="Pixel format. [default: the source's]", rich_help_panel=_FILE),
+    ] = None,
+    encoder_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="K=V", help="Any option of the encoder.", rich_help_panel=_FILE),
+    ] = None,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Leave out: audio, subtitles, data, attachments, chapters... or a stream number.",
+            rich_help_panel=_FILE,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output.", rich_help_panel=_FILE)
+    ] = False,
+    start: Annotated[
+        float | None, typer.Option(help="Start here, in seconds.", rich_help_panel=_RUN)
+    ] = None,
+    duration: Annotated[
+        float | None, typer.Option(help="Only so many seconds.", rich_help_panel=_RUN)
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Where models run: auto, cpu. [default: auto]", rich_help_panel=_RUN),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of each stage; 0: as many as fit.", rich_help_panel=_RUN),
+    ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(help="auto, off or WIDTHxHEIGHT. [default: auto]", rich_help_panel=_RUN),
+    ] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Memory for the model, such as 2G.", rich_help_panel=_RUN),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="STAGE.KEY=VALUE", help="Set any option.", rich_help_panel=_RUN
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Enhance video files; nothing else of them is lost."""
+    from vidpipe.api import build_graph
+
+    jobs = _jobs(paths)
+    pairs = dict(_pair(text) for text in encoder_option or [])
+    decode = {
+        "start_s": start,
+        "duration_s": duration,
+        "drop": drop,
+        "deinterlace": deinterlace.value if deinterlace else None,
+    }
+    encode = {
+        "codec": codec,
+        "crf": crf,
+        "preset": preset,
+        "pix_fmt": pix_fmt,
+        "encoder_options": pairs or None,
+        "drop": drop,
+        "overwrite": overwrite or None,
+    }
+    models = {"tile": tile, "memory_limit": memory_limit}
+    worst = 0
+    for source, destination in jobs:
+        try:
+            pipeline = Pipeline(
+                build_graph(
+                    source,
+                    destination,
+                    graph=graph,
+                    model=model,
+                    scale=scale,
+                    denoise=denoise,
+                    quality=quality.value,
+                    device=device,
+                    threads=threads,
+                    decode=_given(decode),
+                    models=_given(models),
+                    encode=_given(encode),
+                    overrides=set_ or [],
+                )
+            )
+            report = _run(pipeline, source, as_json)
+            _print_report(report, destination, as_json)
+            code = _exit_code(report)
+        except VidpipeError as error:
+            if as_json:
+                _print_json({"event": "error", "input": str(source), "message": str(error)})
+            _print_error(error)
+            code = error.exit_code
+        worst = worst or code
+        if code == EXIT_STOPPED:
+            break
+    raise typer.Exit(worst)
+
+
+def _exit_code(report: Report) -> int:
+    if report.outcome == "stopped":
+        return EXIT_STOPPED
+    if any(stage.facts.get("damaged") for stage in report.stages):
+        return InputError.exit_code
+    return VerificationError.exit_code if report.problems else 0
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"encoder option '{text}' is not understood", hint="Write KEY=VALUE")
+    return key, value
+
+
+def _jobs(paths: list[Path]) -> list[tuple[Path, Path]]:
+    """Return (input, output) pairs."""
+    from vidpipe.api import output_path
+
+    if len(paths) < 2:
+        raise InputError("an input and an output are needed", hint="Write: vidpipe run IN... OUT")
+    *sources, last = paths
+    if not last.is_dir():
+        if len(sources) == 1:
+            return [(sources[0], last)]
+        raise InputError(
+            f"there are {len(sources)} inputs, and '{last}' is not a folder",
+            hint="Make the folder first, and name it last",
+        )
+    jobs = [(source, output_path(source, last)) for source in sources]
+    outputs = [destination for _, destination in jobs]
+    for destination in outputs:
+        if outputs.count(destination) > 1:
+            raise InputError(
+                f"two inputs would become '{destination}'", hint="Run them one at a time"
+            )
+    return jobs
+
+
+@contextmanager
+def _interrupts(first: Callable[[], None], second: Callable[[], None]) -> Iterator[None]:
+    """Call `first` at the first Ctrl-C or SIGTERM, `second` at the next ones."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = 0
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 1:
+            err.print("vidpipe: finishing what was begun; press Ctrl-C again to stop now")
+            first()
+        else:
+            second()
+
+    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
+    pipeline.plan()
+    frames = pipeline.sources()[0].expected_frames
+    duration_s = pipeline.sources()[0].expected_s
+    with _interrupts(pipeline.stop, pipeline.abort):
+        pipeline.start()
+        if as_json:
+            while not pipeline.wait(0.5):
+                _print_json({"event": "progress", "input": str(source), **_progress(pipeline)})
+        else:
+            _show_progress(pipeline, source.name, frames, duration_s)
+    return pipeline.report()
+
+
+def _progress(pipeline: Pipeline) -> dict[str, Any]:
+    """Return the figures of the progress line."""
+    source = pipeline.sources()[0]
+    frames, media_s = pipeline.written()
+    elapsed_s = pipeline.elapsed_s()
+    stages = [s for s in pipeline.progress() if s.fps is not None]
+    slowest = min(stages, key=lambda s: s.fps or 0.0, default=None)
+    eta_s = None
+    if source.expected_frames and frames:
+        eta_s = elapsed_s * max(0, source.expected_frames - frames) / frames
+    elif source.expected_s and media_s > 0:
+        eta_s = elapsed_s * max(0.0, source.expected_s - media_s) / media_s
+    return {
+        "frames": frames,
+        "expected_frames": source.expected_frames,
+        "media_s": round(media_s, 3),
+        "expected_s": source.expected_s,
+        "elapsed_s": round(elapsed_s, 3),
+        "fps": round(frames / elapsed_s, 3) if elapsed_s > 0 else 0.0,
+        "speed": round(media_s / elapsed_s, 3) if elapsed_s > 0 else 0.0,
+        "eta_s": None if eta_s is None else round(eta_s, 1),
+        "slowest": slowest.name if slowest else None,
+    }
+
+
+def _show_progress(
+    pipeline: Pipeline, name: str, frames: int | None, duration_s: float | None
+) -> None:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[line]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(name, total=frames or duration_s, line="starting")
+        while not pipeline.wait(0.1):
+            seen = _progress(pipeline)
+            of = f"/{frames}" if frames else ""
+            line = f"{seen['frames']}{of} frames  {seen['fps']:.1f} fps  {seen['speed']:.2f}x"
+            if seen["slowest"]:
+                line += f"  slowest: {seen['slowest']}"
+            done = seen["frames"] if frames else seen["media_s"]
+            bar.update(task, completed=done, line=line)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)  # noqa: T201 - rich would wrap the line
+
+
+def _print_report(report: Report, destination: Path, as_json: bool) -> None:
+    if as_json:
+        _print_json({"event": "report", "output": str(destination), **report.to_dict()})
+    else:
+        speed = report.media_s / report.wall_s if report.wall_s else 0.0
+        frames = min((s.frames_in for s in report.stages if s.frames_out == 0), default=0)
+        first = report.first_frame_s
+        out.print(
+            f"{destination}: {frames} frames, {report.media_s:.3f} s of video in "
+            f"{report.wall_s:.1f} s ({frames / report.wall_s:.1f} fps, {speed:.2f} times real time)"
+            + (f", first frame after {first:.2f} s" if first is not None else ""),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading, justify in (
+            ("stage", "left"), ("in", "right"), ("out", "right"), ("fps", "right"), ("", "left"),
+        ):  # fmt: skip
+            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        for stage in report.stages:
+            mark = "  (slowest)" if stage is report.slowest else ""
+            table.add_row(
+                f"{stage.name}",
+                str(stage.frames_in or ""),
+                str(stage.frames_out or ""),
+                f"{stage.fps:.1f}" if stage.fps else "",
+                f"{stage.facts.get('summary', '')}{mark}",
+            )
+        out.print(table, markup=False, highlight=False, soft_wrap=True)
+        if report.outcome == "stopped":
+            out.print(f"Stopped early: {destination} is complete up to {report.media_s:.3f} s.")
+    for problem in report.problems:
+        err.print(
+            f"vidpipe: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+@app.command()
+def graphs() -> None:
+    """List the graphs that come with vidpipe."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("graph")
+    table.add_column("what it does")
+    for name in shipped_graphs():
+        table.add_row(name, Graph.load(name).title)
+    out.print(table, markup=False)
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the built-in models."""
+    from vidpipe.model.descriptor import builtin_models
+
+    found = builtin_models()
+    if as_json:
+        _print_json({"models": [d.to_dict() for d in found]})
+        return
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("model", "scale", "strength", "KiB", "what it does"):
+        table.add_column(heading)
+    for d in found:
+        table.add_row(
+            d.name,
+            f"{d.scale}x",
+            "yes" if d.strength else "",
+            f"{d.path.stat().st_size / 1024:.0f}",
+            d.description,
+        )
+    out.print(table, markup=False)
+
+
+@app.command()
+def probe(
+    path: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what a media file holds."""
+    from vidpipe.media.probe import probe as probe_file
+
+    info = probe_file(path)
+    if as_json:
+        _print_json(info.to_dict())
+        return
+    video = info.video
+    lines = [
+        f"{info.path}: {info.container}, {info.size / 1e6:.2f} MB"
+        + (f", {info.duration_s:.3f} s" if info.duration_s is not None else ""),
+        f"  picture  {video.width}x{video.height} {video.pixel_format}"
+        f"{' interlaced' if video.interlaced else ''}, "
+        + (f"{float(video.rate):.5g} fps ({video.rate_mode})" if video.rate else "variable rate"),
+    ]
+    lines += [f"  stream   {stream}" for stream in info.streams]
+    lines += [f"  chapter  {c.start_s:.3f} to {c.end_s:.3f} s  {c.title}" for c in info.chapters]
+    lines += [f"  tag      {key}: {value}" for key, value in info.metadata.items()]
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """List the devices that models can run on, and their execution providers."""
+    from vidpipe.model.session import available_devices
+
+    found = available_devices()
+    if as_json:
+        _print_json({"devices": found})
+        return
+    for device in found:
+        providers = ", ".join(device["providers"]) or "no execution provider"
+        out.print(
+            f"{device['device']}: {device['name']}, {device['cores']} cores, "
+            f"{device['memory_bytes'] / 2**30:.1f} GiB: {providers}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

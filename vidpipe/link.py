@@ -1,0 +1,148 @@
+"""The bounded queue between two stages.
+
+A link has a life: it is open, then ended by its writer (the reader still gets what is
+queued), closed by its reader (the writer is told to stop), or broken by an error anywhere
+(both sides stop at once).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from vidpipe.clock import Clock, MonotonicClock
+from vidpipe.frame import Frame
+
+
+class Policy(Enum):
+    """What a full link does with one more frame."""
+
+    BLOCK = "block"
+    """The writer waits. Files lose nothing."""
+
+    LATEST = "latest"
+    """The oldest queued frame is dropped and counted. For the entrance of live graphs."""
+
+
+class LinkClosed(Exception):
+    """The reader wants no more frames, or the pipeline is being torn down."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkStatistics:
+    """What a link has seen so far.
+
+    Attributes:
+        put, got, dropped: frames.
+        queued: frames waiting now; capacity: the most that may wait.
+        writer_waited_s: time the writer was held up by a full link.
+        reader_waited_s: time the reader was held up by an empty link.
+    """
+
+    put: int
+    got: int
+    dropped: int
+    queued: int
+    capacity: int
+    writer_waited_s: float
+    reader_waited_s: float
+
+
+class Link:
+    """A bounded queue of frames with one writer and one reader.
+
+    Args:
+        capacity: the most frames that may wait, at least 1.
+        policy: what a full link does.
+        clock: source of the waiting times.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 2,
+        policy: Policy = Policy.BLOCK,
+        clock: Clock | None = None,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}, expected at least 1")
+        self.capacity = capacity
+        self.policy = policy
+        self._clock = clock or MonotonicClock()
+        self._queue: deque[Frame] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._closed = False
+        self._put = self._got = self._dropped = 0
+        self._writer_waited_s = self._reader_waited_s = 0.0
+
+    def put(self, frame: Frame) -> None:
+        """Queue a frame.
+
+        Raises:
+            LinkClosed: nobody will read it.
+        """
+        with self._changed:
+            if len(self._queue) >= self.capacity and not self._closed:
+                if self.policy is Policy.LATEST:
+                    self._queue.popleft()
+                    self._dropped += 1
+                else:
+                    start_s = self._clock.now_s()
+                    self._changed.wait_for(lambda: self._closed or len(self._queue) < self.capacity)
+                    self._writer_waited_s += self._clock.now_s() - start_s
+            if self._closed:
+                raise LinkClosed
+            self._queue.append(frame)
+            self._put += 1
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Say that no more frames will come; queued ones are still delivered."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Drop what is queued and stop both sides. May be called from any thread."""
+        with self._changed:
+            self._closed = True
+            self._queue.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Yield frames in order until the writer ends the link.
+
+        Raises:
+            LinkClosed: the link was closed meanwhile.
+        """
+        while True:
+            with self._changed:
+                if not self._queue and not self._ended and not self._closed:
+                    start_s = self._clock.now_s()
+                    self._changed.wait_for(lambda: self._queue or self._ended or self._closed)
+                    self._reader_waited_s += self._clock.now_s() - start_s
+                if self._closed:
+                    raise LinkClosed
+                if not self._queue:
+                    return
+                frame = self._queue.popleft()
+                self._got += 1
+                self._changed.notify_all()
+            yield frame
+            del frame  # a ring slot is free as soon as the reader lets go
+
+    def statistics(self) -> LinkStatistics:
+        """Return a snapshot of what the link has seen."""
+        with self._changed:
+            return LinkStatistics(
+                self._put,
+                self._got,
+                self._dropped,
+                len(self._queue),
+                self.capacity,
+                self._writer_waited_s,
+                self._reader_waited_s,
+            )

@@ -1,0 +1,419 @@
+"""Runs a graph: one thread a stage, bounded links, one supervisor.
+
+    pipeline = Pipeline(graph)
+    report = pipeline.run()
+
+`plan` walks the graph and gives every link its FrameSpec before anything starts. The first
+error stops everything and is raised with the name of its stage and the media time. `stop`
+ends the sources and lets the rest drain, so that outputs are complete up to that point;
+`abort` drops what is in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vidpipe.clock import Clock, MonotonicClock
+from vidpipe.errors import Cancelled, VidpipeError
+from vidpipe.frame import Frame, FrameSpec
+from vidpipe.graph import Graph, Node
+from vidpipe.link import Link, LinkClosed
+from vidpipe.stage import Actor, Sink, Source, Stage
+
+
+@dataclass(slots=True)
+class StageReport:
+    """What one stage did.
+
+    Attributes:
+        name, use: as in the graph.
+        frames_in, frames_out: frames taken and given; a source takes none, a sink gives none.
+        busy_s: time inside the stage's own code, `open` and `close` not counted.
+        open_s: time to allocate, compile and warm up.
+        fps: frames per second of its busy time, its own limit; None when it did nothing.
+        waited_for_input_s, waited_for_output_s: time held up by its neighbours.
+        facts: what the stage itself reports.
+    """
+
+    name: str
+    use: str
+    frames_in: int = 0
+    frames_out: int = 0
+    busy_s: float = 0.0
+    open_s: float = 0.0
+    fps: float | None = None
+    waited_for_input_s: float = 0.0
+    waited_for_output_s: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did.
+
+    Attributes:
+        outcome: "complete", or "stopped" when the user ended it early.
+        wall_s: from start to the last close.
+        first_frame_s: from start until the first frame reached a sink, or None.
+        media_s: media time covered by the frames that reached the sinks.
+        stages: in the order of the graph.
+        problems: what does not add up, one line each; empty after a sound run.
+    """
+
+    outcome: str
+    wall_s: float
+    first_frame_s: float | None
+    media_s: float
+    stages: list[StageReport]
+    problems: list[str]
+
+    @property
+    def slowest(self) -> StageReport | None:
+        """The stage that bounds the rate, or None when nothing ran."""
+        busy = [s for s in self.stages if s.fps is not None]
+        return min(busy, key=lambda s: s.fps or 0.0, default=None)
+
+    def stage(self, name: str) -> StageReport:
+        """Return the report of one stage."""
+        return next(s for s in self.stages if s.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-compatible values."""
+        return asdict(self)
+
+
+class _Runner:
+    """One stage, its thread and its links."""
+
+    def __init__(self, node: Node, actor: Actor, pipeline: Pipeline) -> None:
+        self.node = node
+        self.actor = actor
+        self.pipeline = pipeline
+        self.input: Link | None = None
+        self.outputs: list[Link] = []
+        self.report = StageReport(node.name, node.use or type(actor).__name__)
+        self.spec: FrameSpec | None = None
+        self.time_s: float | None = None
+        self.first_s: float | None = None
+        self.end_s: float | None = None
+        self.thread = threading.Thread(target=self._run, name=f"vidpipe-{node.name}")
+
+    def _run(self) -> None:
+        clock = self.pipeline.clock
+        try:
+            try:
+                start_s = clock.now_s()
+                self.actor.open()
+                self.report.open_s = clock.now_s() - start_s
+                if isinstance(self.actor, Source):
+                    self._run_source(self.actor)
+                elif isinstance(self.actor, Stage):
+                    self._run_stage(self.actor)
+                else:
+                    self._run_sink(self.actor)
+            finally:
+                self.actor.close()
+            for link in self.outputs:
+                link.end()
+        except LinkClosed:
+            pass
+        except VidpipeError as error:
+            self.pipeline._fail(error.at(self.node.name, self.time_s))
+        except BaseException as error:
+            wrapped = VidpipeError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
+
+    def _run_source(self, source: Source) -> None:
+        for frame in self._timed(source.frames()):
+            frame.captured_s = frame.captured_s or self.pipeline.clock.now_s()
+            self._emit(frame)
+            del frame
+            if self.pipeline._stopping:
+                break
+
+    def _run_stage(self, stage: Stage) -> None:
+        assert self.input is not None
+        for frame in self.input:
+            if self._changed(frame):
+                for out in self._timed(stage.flush()):
+                    self._emit(out)
+                self._time(stage.replan, frame.spec)
+            self._took(frame)
+            for out in self._timed(stage.process(frame)):
+                self._emit(out)
+                del out
+            del frame
+        for out in self._timed(stage.flush()):
+            self._emit(out)
+
+    def _run_sink(self, sink: Sink) -> None:
+        assert self.input is not None
+        for frame in self.input:
+            if self._changed(frame):
+                self._time(sink.replan, frame.spec)
+            self._took(frame)
+            self._time(sink.write, frame)
+            self.end_s = frame.time_s + float((frame.duration or 0) * frame.spec.time_base)
+            if self.first_s is None:
+                self.first_s = frame.time_s
+                self.pipeline._first_frame()
+            del frame
+        self._time(sink.finish)
+
+    def _changed(self, frame: Frame) -> bool:
+        return frame.spec is not self.spec and frame.spec != self.spec
+
+    def _took(self, frame: Frame) -> None:
+        self.spec = frame.spec
+        self.time_s = frame.time_s
+        self.report.frames_in += 1
+
+    def _emit(self, frame: Frame) -> None:
+        self.time_s = frame.time_s
+        self.report.frames_out += 1
+        for link in self.outputs:
+            link.put(frame)
+
+    def _time(self, call: Callable[..., Any], *arguments: Any) -> None:
+        start_s = self.pipeline.clock.now_s()
+        try:
+            call(*arguments)
+        finally:
+            self.report.busy_s += self.pipeline.clock.now_s() - start_s
+
+    def _timed(self, frames: Iterable[Frame]) -> Iterator[Frame]:
+        """Yield the frames and count the time that making them takes."""
+        clock = self.pipeline.clock
+        start_s = clock.now_s()
+        for frame in frames:
+            self.report.busy_s += clock.now_s() - start_s
+            yield frame
+            del frame
+            start_s = clock.now_s()
+        self.report.busy_s += clock.now_s() - start_s
+
+
+class Pipeline:
+    """A graph that can be run once.
+
+    Args:
+        graph: the stages; validated here.
+        capacity: frames that may wait on each link.
+        clock: source of all times.
+
+    Raises:
+        GraphError: the graph is wrong.
+        VidpipeError: a stage cannot be made with its options.
+    """
+
+    def __init__(self, graph: Graph, *, capacity: int = 2, clock: Clock | None = None) -> None:
+        graph.validate()
+        self.graph = graph
+        self.clock = clock or MonotonicClock()
+        self.specs: dict[str, FrameSpec] = {}
+        self.error: VidpipeError | None = None
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._aborted = False
+        self._start_s = 0.0
+        self._first_frame_s: float | None = None
+        self._runners: dict[str, _Runner] = {}
+        for node in graph.ordered():
+            actor: Any = node.actor
+            if actor is None:
+                try:
+                    actor = node.cls(**node.options)
+                except VidpipeError as error:
+                    raise error.at(node.name) from None
+            actor.name = node.name
+            runner = _Runner(node, actor, self)
+            if node.source is not None:
+                runner.input = Link(capacity, clock=self.clock)
+                self._runners[node.source].outputs.append(runner.input)
+            self._runners[node.name] = runner
+
+    def actor(self, name: str) -> Actor:
+        """Return the source, stage or sink of that name."""
+        return self._runners[name].actor
+
+    def sources(self) -> list[Source]:
+        """Return the sources."""
+        return [r.actor for r in self._runners.values() if isinstance(r.actor, Source)]
+
+    def plan(self) -> dict[str, FrameSpec]:
+        """Give every link its FrameSpec; nothing is started.
+
+        Returns:
+            What comes out of each source and stage, by its name.
+
+        Raises:
+            VidpipeError: the first stage that cannot take what it would get.
+        """
+        if self.specs:
+            return self.specs
+        specs: dict[str, FrameSpec] = {}
+        name = ""
+        try:
+            for name, runner in self._runners.items():
+                actor, node = runner.actor, runner.node
+                if isinstance(actor, Source):
+                    specs[name] = actor.plan()
+                    continue
+                assert node.source is not None
+                runner.spec = specs[node.source]
+                if isinstance(actor, Stage):
+                    specs[name] = actor.plan(runner.spec)
+                    actor.ring_depth = 1 + sum(link.capacity + 1 for link in runner.outputs)
+                else:
+                    source = self.actor(self.graph.root(name).name)
+                    assert isinstance(source, Source)
+                    actor.attach(source)
+                    actor.plan(runner.spec)
+        except BaseException as error:
+            for runner in self._runners.values():
+                runner.actor.close()
+            if isinstance(error, VidpipeError):
+                error.at(name)
+            raise
+        self.specs = specs
+        return specs
+
+    def start(self) -> None:
+        """Plan, then start every stage's thread.
+
+        Raises:
+            VidpipeError: the plan fails; nothing was started.
+        """
+        self._start_s = self.clock.now_s()
+        self.plan()
+        for runner in self._runners.values():
+            runner.thread.start()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until every stage has ended; return whether they have."""
+        deadline_s = None if timeout_s is None else self.clock.now_s() + timeout_s
+        for runner in self._runners.values():
+            if deadline_s is None:
+                runner.thread.join()
+            else:
+                runner.thread.join(max(0.0, deadline_s - self.clock.now_s()))
+                if runner.thread.is_alive():
+                    return False
+        return True
+
+    def stop(self) -> None:
+        """End the sources and let everything in flight drain into complete outputs."""
+        self._stopping = True
+        for source in self.sources():
+            source.stop()
+
+    def abort(self) -> None:
+        """Drop what is in flight and stop every stage; outputs are not completed."""
+        self._aborted = True
+        self.stop()
+        for runner in self._runners.values():
+            if runner.input is not None:
+                runner.input.close()
+
+    def run(self) -> Report:
+        """Start, wait and report.
+
+        Raises:
+            VidpipeError: the first error of any stage; everything has been closed.
+        """
+        self.start()
+        try:
+            # A join without a timeout cannot be interrupted on Windows.
+            while not self.wait(0.2):
+                pass
+        except BaseException:
+            self.abort()
+            self.wait()
+            raise
+        return self.report()
+
+    def report(self) -> Report:
+        """Return what the ended run did.
+
+        Raises:
+            VidpipeError: the first error of any stage.
+            Cancelled: the run was aborted.
+        """
+        wall_s = self.elapsed_s()
+        if self.error is not None:
+            raise self.error
+        if self._aborted:
+            raise Cancelled("stopped; nothing was kept")
+        stages = self.progress()
+        problems: list[str] = []
+        media_s = 0.0
+        for runner, stage in zip(self._runners.values(), stages, strict=True):
+            stage.facts = runner.actor.report()
+            problems += stage.facts.pop("problems", [])
+            if runner.input is not None and runner.node.source is not None:
+                given = self._runners[runner.node.source].report.frames_out
+                if stage.frames_in != given:
+                    problems.append(
+                        f"stage '{stage.name}' took {stage.frames_in} of the {given} frames "
+                        f"that '{runner.node.source}' gave"
+                    )
+            if runner.first_s is not None and runner.end_s is not None:
+                media_s = max(media_s, runner.end_s - runner.first_s)
+        return Report(
+            "stopped" if self._stopping else "complete",
+            wall_s,
+            self._first_frame_s,
+            media_s,
+            stages,
+            problems,
+        )
+
+    def progress(self) -> list[StageReport]:
+        """Return the counters of every stage so far; may be called at any time."""
+        reports = []
+        for runner in self._runners.values():
+            seen = runner.report
+            frames = seen.frames_in or seen.frames_out
+            waited_in = runner.input.statistics().reader_waited_s if runner.input else 0.0
+            waited_out = sum(link.statistics().writer_waited_s for link in runner.outputs)
+            reports.append(
+                StageReport(
+                    seen.name,
+                    seen.use,
+                    seen.frames_in,
+                    seen.frames_out,
+                    seen.busy_s,
+                    seen.open_s,
+                    frames / seen.busy_s if frames and seen.busy_s > 0 else None,
+                    waited_in,
+                    waited_out,
+                )
+            )
+        return reports
+
+    def elapsed_s(self) -> float:
+        """Return seconds since the start."""
+        return self.clock.now_s() - self._start_s
+
+    def written(self) -> tuple[int, float]:
+        """Return (frames, media time in seconds) that every sink has taken so far."""
+        sinks = [r for r in self._runners.values() if isinstance(r.actor, Sink)]
+        return (
+            min(r.report.frames_in for r in sinks),
+            min((r.end_s or 0.0) - (r.first_s or 0.0) for r in sinks),
+        )
+
+    def _fail(self, error: VidpipeError) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = error
+        self.abort()
+
+    def _first_frame(self) -> None:
+        with self._lock:
+            if self._first_frame_s is None:
+                self._first_frame_s = self.clock.now_s() - self._start_s

@@ -7,6 +7,7 @@ import pytest
 
 from vidpipe.device import CPU, Device, Ring
 from vidpipe.errors import DeviceError
+from vidpipe.testing import pattern, spec
 
 
 def test_parse() -> None:
@@ -57,3 +58,46 @@ def test_steady_use_never_grows() -> None:
 def test_no_ring_on_a_device_that_is_not_supported() -> None:
     with pytest.raises(DeviceError, match="cuda:0"):
         Ring([((2, 2), np.uint8)], 1, Device("cuda"))
+
+
+class Stream:
+    """A device stream that writes down what it is told to do."""
+
+    def __init__(self, name: str, diary: list[str]) -> None:
+        self.name = name
+        self.diary = diary
+        self.recorded = 0
+
+    def record(self) -> str:
+        self.recorded += 1
+        self.diary.append(f"{self.name} records {self.name}{self.recorded}")
+        return f"{self.name}{self.recorded}"
+
+    def wait_event(self, event: str) -> None:
+        self.diary.append(f"{self.name} waits for {event}")
+
+
+def test_order_on_a_device_is_kept_by_events_alone() -> None:
+    """A writer and two readers on three streams, over two uses of one slot."""
+    diary: list[str] = []
+    writer, one, two = (Stream(name, diary) for name in ("w", "a", "b"))
+    ring = Ring([((8, 8), np.uint8)], depth=1)
+    for _ in range(2):
+        slot, planes = ring.lease()
+        slot.write_by(writer)
+        diary.append("write")
+        frame = pattern(spec(8, 8, "gray")).replace(planes, spec(8, 8, "gray"), slot=slot)
+        frame.ready = writer.record()  # type: ignore[assignment]
+        for reader in (one, two):
+            frame.wait(reader)
+            diary.append(f"{reader.name} reads")
+            frame.read_by(reader)
+        del planes, frame
+    assert diary == [
+        "write", "w records w1",
+        "a waits for w1", "a reads", "a records a1",
+        "b waits for w1", "b reads", "b records b1",
+        "w waits for a1", "w waits for b1", "write", "w records w2",
+        "a waits for w2", "a reads", "a records a2",
+        "b waits for w2", "b reads", "b records b2",
+    ]  # fmt: skip

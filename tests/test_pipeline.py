@@ -6,14 +6,17 @@ import threading
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
+from vidpipe.device import Ring, Slot
 from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph
+from vidpipe.link import Policy
 from vidpipe.pipeline import Pipeline
 from vidpipe.stage import FrameSource, Sink, Source, Stage
-from vidpipe.testing import Collect, Identity, pattern, patterns, spec
+from vidpipe.testing import Collect, Identity, ManualClock, pattern, patterns, spec
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -144,6 +147,27 @@ def test_each_stage_has_one_thread_of_its_own_and_the_documented_order_of_calls(
         assert len(stage.threads) == 1
     assert stages[0].threads != stages[1].threads
     assert [f.pts for f in out.frames] == [0, 1, 2, 3]
+
+
+def test_busy_time_is_the_stage_s_own_whether_it_returns_or_yields() -> None:
+    clock = ManualClock()
+
+    class Returns(Identity):
+        def process(self, frame: Frame) -> Iterable[Frame]:
+            clock.advance(2.0)
+            return (frame,)
+
+    class Yields(Identity):
+        def process(self, frame: Frame) -> Iterable[Frame]:
+            clock.advance(1.0)
+            yield frame
+
+    for stage, busy_s in ((Returns(), 2.0), (Yields(), 1.0)):
+        graph = Graph().add("in", patterns(1)).add("work", stage, "in")
+        graph.add("out", Collect(), "work")
+        report = Pipeline(graph, clock=clock).run()
+        assert report.stage("work").busy_s == busy_s
+        assert report.stage("work").fps == pytest.approx(1 / busy_s)
 
 
 def test_a_branch_gets_every_frame() -> None:
@@ -312,6 +336,36 @@ def test_a_stage_that_drops_frames_is_counted_and_a_stage_may_make_many() -> Non
     assert report.problems == []
 
 
+def test_a_live_source_drops_at_the_entrance_and_counts() -> None:
+    """The newest frame wins; the links after the first stage never drop."""
+
+    class Live(FrameSource):
+        policy = Policy.LATEST
+
+    gate = threading.Event()
+
+    class Slow(Identity):
+        def process(self, frame: Frame) -> Iterable[Frame]:
+            gate.wait(30)
+            return (frame,)
+
+    def frames() -> Iterator[Frame]:
+        for pts in range(50):
+            yield pattern(spec(), pts)
+        gate.set()
+
+    out = Collect()
+    graph = Graph().add("in", Live(spec(), frames())).add("slow", Slow(), "in")
+    graph.add("out", out, "slow")
+    report = Pipeline(graph, capacity=2).run()
+    slow = report.stage("slow")
+    assert slow.dropped > 40
+    assert slow.frames_in + slow.dropped == 50
+    assert [f.pts for f in out.frames][-2:] == [48, 49]
+    assert report.stage("out").dropped == 0
+    assert report.problems == []
+
+
 def test_frames_are_let_go() -> None:
     """No more frames are alive than the links and the hands of the stages can hold."""
     import weakref
@@ -344,3 +398,46 @@ def test_frames_are_let_go() -> None:
     graph.add("out", Watch(), "same")
     Pipeline(graph, capacity=2).run()
     assert most <= 2 * 2 + 3
+
+
+class PoisonedRing(Ring):
+    """Spoils a slot's contents at the moment it returns, so that a late reader sees it."""
+
+    def _give_back(self, slot: Slot) -> None:
+        for buffer in slot.buffers:
+            buffer.fill(0xAA)
+        super()._give_back(slot)
+
+
+def test_no_reader_ever_sees_a_slot_that_was_returned() -> None:
+    """A ring of the planned depth serves two branches of different speed without growing."""
+
+    class Writer(Identity):
+        def open(self) -> None:
+            self.ring = PoisonedRing([((8, 8), np.uint8)], self.ring_depth)
+
+        def process(self, frame: Frame) -> Iterable[Frame]:
+            slot, planes = self.ring.lease()
+            planes[0][:] = frame.pts % 100
+            yield frame.replace(planes, frame.spec, slot=slot)
+
+    class Check(Sink):
+        def __init__(self, patience: int) -> None:
+            self.patience = patience
+            self.wrong = 0
+            self.seen = 0
+
+        def plan(self, spec: FrameSpec) -> None: ...
+
+        def write(self, frame: Frame) -> None:
+            for _ in range(self.patience):
+                self.wrong += int((frame.planes[0] != frame.pts % 100).any())
+            self.seen += 1
+
+    writer, fast, slow = Writer(), Check(1), Check(50)
+    graph = Graph().add("in", patterns(300, spec(8, 8, "gray"))).add("write", writer, "in")
+    graph.add("fast", fast, "write").add("slow", slow, "write")
+    Pipeline(graph).run()
+    assert (fast.seen, slow.seen) == (300, 300)
+    assert (fast.wrong, slow.wrong) == (0, 0)
+    assert writer.ring.grown == 0

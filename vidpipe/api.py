@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vidpipe.errors import GraphError, InputError, SpecError
+from vidpipe.errors import GraphError, InputError, SpecError, did_you_mean
 from vidpipe.frame import Color, Frame, FrameSpec, Matrix, Range, pixel_format
 from vidpipe.graph import Graph
 from vidpipe.link import Link, LinkClosed
 from vidpipe.pipeline import Pipeline, Report
-from vidpipe.stage import FrameSource, Sink
+from vidpipe.stage import FrameSource, Sink, options_of
 
 QUALITIES = ("nano", "fast", "quality")
 PathLike = str | os.PathLike[str]
@@ -97,12 +97,8 @@ def build_graph(
     scale: float | None = None,
     denoise: float | None = None,
     quality: str = "nano",
-    device: str | None = None,
-    threads: int | None = None,
-    decode: Mapping[str, Any] | None = None,
-    models: Mapping[str, Any] | None = None,
-    encode: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
+    **options: Any,
 ) -> Graph:
     """Return the graph for one file.
 
@@ -112,68 +108,74 @@ def build_graph(
         graph: name of a shipped graph or path of a TOML file; by default decode, the chain
             of `model_chain`, encode.
         model, scale, denoise, quality: see `model_chain`.
-        device: for every model stage: "auto", "cpu"...
-        threads: for every stage that takes it.
-        decode, models, encode: options of all stages of that kind.
         overrides: "stage.key=value" each; they win over everything else.
+        options: options of the decode, model and encode stages, such as `start_s`, `device`
+            or `crf`; each goes to all the stages that take it.
 
     Raises:
         GraphError: the graph is wrong or does not fit the other arguments.
     """
     if graph is None:
-        built = Graph("decode, enhance, encode")
-        built.add("source", "decode", path="")
-        previous = "source"
-        chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality)
-        for number, options in enumerate(chain):
-            use = options.pop("use")
-            name = "resize" if use == "resize" else "model" if number == 0 else f"model{number + 1}"
-            built.add(name, use, previous, **options)
-            previous = name
-        built.add("sink", "encode", previous, path="")
-        for name in ("source", "sink"):
-            del built.nodes[name].options["path"]
+        built = _file_graph(model=model, scale=scale, denoise=denoise, quality=quality)
     else:
+        if scale is not None:
+            raise GraphError(
+                "scale and graph do not go together", hint="The graph's models set the scale"
+            )
         built = Graph.load(Path(graph))
-        nodes = built.using("model")
         for key, value in (("model", model), ("strength", denoise)):
-            if value is None:
-                continue
-            if len(nodes) != 1:
+            nodes = built.using("model")
+            if value is not None and len(nodes) != 1:
                 raise GraphError(
                     f"{built.origin} has {len(nodes)} model stages",
                     hint=f"Choose one: --set STAGE.{key}=VALUE",
                 )
-            built.set(nodes[0].name, key, str(value) if key == "model" else value)
-        if scale is not None:
-            raise GraphError(
-                "--scale and --graph do not go together", hint="The graph's models set the scale"
-            )
-    for use, given in (("decode", decode), ("model", models), ("encode", encode)):
-        for node in built.using(use):
-            for key, value in (given or {}).items():
-                built.set(node.name, key, value)
-    for node in built.nodes.values():
-        if device is not None and node.use == "model":
-            built.set(node.name, "device", device)
-        if threads is not None and node.use in ("decode", "model", "encode"):
-            built.set(node.name, "threads", threads)
+            if value is not None:
+                built.set(nodes[0].name, key, str(value) if key == "model" else value)
+    _set_everywhere(built, options)
     for assignment in overrides:
         built.override(assignment)
     for node in built.using("decode"):
         if source is not None:
             node.options.setdefault("path", str(source))
-    open_ends = [n for n in built.using("encode") if "path" not in n.options]
+    open_ends = [n.name for n in built.using("encode") if "path" not in n.options]
     if destination is not None and open_ends:
         if len(open_ends) > 1:
-            names = ", ".join(n.name for n in open_ends)
             raise GraphError(
-                f"{built.origin} has several encode stages without a path: {names}",
+                f"{built.origin} has several encode stages without a path: {', '.join(open_ends)}",
                 hint="Set each with --set STAGE.path=FILE",
             )
-        built.set(open_ends[0].name, "path", str(destination))
+        built.set(open_ends[0], "path", str(destination))
     built.validate()
     return built
+
+
+def _file_graph(**request: Any) -> Graph:
+    """Return decode, the chain of models, encode; without paths."""
+    built = Graph("decode, enhance, encode")
+    built.add("source", "decode")
+    previous = "source"
+    for number, options in enumerate(model_chain(**request)):
+        use = options.pop("use")
+        name = "resize" if use == "resize" else "model" if number == 0 else f"model{number + 1}"
+        built.add(name, use, previous, **options)
+        previous = name
+    return built.add("sink", "encode", previous)
+
+
+def _set_everywhere(graph: Graph, options: Mapping[str, Any]) -> None:
+    """Set each option on every decode, model and encode stage that has it."""
+    nodes = [node for use in ("decode", "model", "encode") for node in graph.using(use)]
+    known = {node.name: options_of(node.cls) for node in nodes}
+    for key, value in options.items():
+        takers = [name for name, keys in known.items() if key in keys]
+        if not takers:
+            raise GraphError(
+                f"no stage of {graph.origin} has an option '{key}'",
+                hint=did_you_mean(key, sorted({k for keys in known.values() for k in keys})),
+            )
+        for name in takers:
+            graph.set(name, key, value)
 
 
 def enhance(
@@ -459,7 +461,7 @@ def output_path(source: Path, folder: Path, suffix: str | None = None) -> Path:
 
     Containers that vidpipe does not write become .mkv, which holds everything.
     """
-    from vidpipe.media.encode import CONTAINERS
+    from vidpipe.media.containers import CONTAINERS
 
     chosen = suffix or source.suffix.lower()
     return folder / (source.stem + (chosen if chosen in CONTAINERS else ".mkv"))

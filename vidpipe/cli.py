@@ -59,11 +59,9 @@ class Deinterlace(StrEnum):
 def main() -> None:
     """Run the command line and exit with a documented code."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except VidpipeError as error:
         _print_error(error)
-        sys.exit(error.exit_code)
-    except typer.Exit as error:
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         err.print("vidpipe: stopped")
@@ -202,23 +200,23 @@ def run(
     from vidpipe.api import build_graph
 
     jobs = _jobs(paths)
-    pairs = dict(_pair(text) for text in encoder_option or [])
-    decode = {
+    options = {
         "start_s": start,
         "duration_s": duration,
-        "drop": drop,
         "deinterlace": deinterlace.value if deinterlace else None,
-    }
-    encode = {
+        "device": device,
+        "threads": threads,
+        "tile": tile,
+        "memory_limit": memory_limit,
         "codec": codec,
         "crf": crf,
         "preset": preset,
         "pix_fmt": pix_fmt,
-        "encoder_options": pairs or None,
+        "encoder_options": dict(_pair(text) for text in encoder_option or []) or None,
         "drop": drop,
         "overwrite": overwrite or None,
     }
-    models = {"tile": tile, "memory_limit": memory_limit}
+    given = {key: value for key, value in options.items() if value is not None}
     worst = 0
     for source, destination in jobs:
         try:
@@ -231,12 +229,8 @@ def run(
                     scale=scale,
                     denoise=denoise,
                     quality=quality.value,
-                    device=device,
-                    threads=threads,
-                    decode=_given(decode),
-                    models=_given(models),
-                    encode=_given(encode),
                     overrides=set_ or [],
+                    **given,
                 )
             )
             report = _run(pipeline, source, as_json)
@@ -259,10 +253,6 @@ def _exit_code(report: Report) -> int:
     if any(stage.facts.get("damaged") for stage in report.stages):
         return InputError.exit_code
     return VerificationError.exit_code if report.problems else 0
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if value is not None}
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -492,7 +482,7 @@ def devices(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """List the devices that models can run on, and their execution providers."""
-    from vidpipe.model.session import available_devices
+    from vidpipe.model.discover import available_devices
 
     found = available_devices()
     if as_json:

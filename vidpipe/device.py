@@ -74,8 +74,7 @@ class Slot:
     Attributes:
         index: position in the ring; a captured CUDA graph belongs to one index.
         buffers: flat arrays on the ring's device that own the memory.
-        readers: events of the stages that still read the last contents. The next writer
-            makes its stream wait for them, then clears the list.
+        readers: events of the stages that still read the last contents.
     """
 
     __slots__ = ("buffers", "index", "readers")
@@ -84,6 +83,12 @@ class Slot:
         self.index = index
         self.buffers = buffers
         self.readers: list[Event] = []
+
+    def write_by(self, stream: Stream) -> None:
+        """Make later work of `stream`, which will overwrite the slot, wait for its readers."""
+        for event in self.readers:
+            stream.wait_event(event)
+        self.readers.clear()
 
 
 class Lease:

@@ -20,7 +20,7 @@ from vidpipe.clock import Clock, MonotonicClock
 from vidpipe.errors import Cancelled, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph, Node
-from vidpipe.link import Link, LinkClosed
+from vidpipe.link import Link, LinkClosed, Policy
 from vidpipe.stage import Actor, Sink, Source, Stage
 
 
@@ -31,6 +31,7 @@ class StageReport:
     Attributes:
         name, use: as in the graph.
         frames_in, frames_out: frames taken and given; a source takes none, a sink gives none.
+        dropped: frames that came too late for a live graph, on the way to this stage.
         busy_s: time inside the stage's own code, `open` and `close` not counted.
         open_s: time to allocate, compile and warm up.
         fps: frames per second of its busy time, its own limit; None when it did nothing.
@@ -42,6 +43,7 @@ class StageReport:
     use: str
     frames_in: int = 0
     frames_out: int = 0
+    dropped: int = 0
     busy_s: float = 0.0
     open_s: float = 0.0
     fps: float | None = None
@@ -128,7 +130,7 @@ class _Runner:
             self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
 
     def _run_source(self, source: Source) -> None:
-        for frame in self._timed(source.frames()):
+        for frame in self._timed(source.frames):
             frame.captured_s = frame.captured_s or self.pipeline.clock.now_s()
             self._emit(frame)
             del frame
@@ -139,15 +141,15 @@ class _Runner:
         assert self.input is not None
         for frame in self.input:
             if self._changed(frame):
-                for out in self._timed(stage.flush()):
+                for out in self._timed(stage.flush):
                     self._emit(out)
                 self._time(stage.replan, frame.spec)
             self._took(frame)
-            for out in self._timed(stage.process(frame)):
+            for out in self._timed(stage.process, frame):
                 self._emit(out)
                 del out
             del frame
-        for out in self._timed(stage.flush()):
+        for out in self._timed(stage.flush):
             self._emit(out)
 
     def _run_sink(self, sink: Sink) -> None:
@@ -185,11 +187,11 @@ class _Runner:
         finally:
             self.report.busy_s += self.pipeline.clock.now_s() - start_s
 
-    def _timed(self, frames: Iterable[Frame]) -> Iterator[Frame]:
-        """Yield the frames and count the time that making them takes."""
+    def _timed(self, call: Callable[..., Iterable[Frame]], *arguments: Any) -> Iterator[Frame]:
+        """Yield the frames that a call gives, and count the time that making them takes."""
         clock = self.pipeline.clock
         start_s = clock.now_s()
-        for frame in frames:
+        for frame in call(*arguments):
             self.report.busy_s += clock.now_s() - start_s
             yield frame
             del frame
@@ -230,10 +232,13 @@ class Pipeline:
                 except VidpipeError as error:
                     raise error.at(node.name) from None
             actor.name = node.name
+            actor.clock = self.clock
             runner = _Runner(node, actor, self)
             if node.source is not None:
-                runner.input = Link(capacity, clock=self.clock)
-                self._runners[node.source].outputs.append(runner.input)
+                writer = self._runners[node.source]
+                policy = writer.actor.policy if isinstance(writer.actor, Source) else Policy.BLOCK
+                runner.input = Link(capacity, policy, self.clock)
+                writer.outputs.append(runner.input)
             self._runners[node.name] = runner
 
     def actor(self, name: str) -> Actor:
@@ -356,7 +361,7 @@ class Pipeline:
             problems += stage.facts.pop("problems", [])
             if runner.input is not None and runner.node.source is not None:
                 given = self._runners[runner.node.source].report.frames_out
-                if stage.frames_in != given:
+                if stage.frames_in + stage.dropped != given:
                     problems.append(
                         f"stage '{stage.name}' took {stage.frames_in} of the {given} frames "
                         f"that '{runner.node.source}' gave"
@@ -378,7 +383,7 @@ class Pipeline:
         for runner in self._runners.values():
             seen = runner.report
             frames = seen.frames_in or seen.frames_out
-            waited_in = runner.input.statistics().reader_waited_s if runner.input else 0.0
+            link = runner.input.statistics() if runner.input else None
             waited_out = sum(link.statistics().writer_waited_s for link in runner.outputs)
             reports.append(
                 StageReport(
@@ -386,10 +391,11 @@ class Pipeline:
                     seen.use,
                     seen.frames_in,
                     seen.frames_out,
+                    link.dropped if link else 0,
                     seen.busy_s,
                     seen.open_s,
                     frames / seen.busy_s if frames and seen.busy_s > 0 else None,
-                    waited_in,
+                    link.reader_waited_s if link else 0.0,
                     waited_out,
                 )
             )

@@ -22,8 +22,10 @@ from fractions import Fraction
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from vidpipe.clock import Clock, MonotonicClock
 from vidpipe.errors import GraphError, SpecError, did_you_mean
 from vidpipe.frame import Frame, FrameSpec
+from vidpipe.link import Policy
 
 ENTRY_POINT_GROUP = "vidpipe.stages"
 
@@ -31,6 +33,9 @@ ENTRY_POINT_GROUP = "vidpipe.stages"
 class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     name: str = ""
     """The stage's name in the graph; set by the pipeline."""
+
+    clock: Clock = MonotonicClock()
+    """The pipeline's clock; set by the pipeline."""
 
     def open(self) -> None:
         """Allocate, compile and warm up. Called on the actor's thread."""
@@ -45,6 +50,9 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
 
 class Source(_Actor):
     """Where frames come from."""
+
+    policy: Policy = Policy.BLOCK
+    """What the links behind the source do when they are full. Live sources use LATEST."""
 
     expected_frames: int | None = None
     """How many frames will come, as far as known after `plan`; for progress."""

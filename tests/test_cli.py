@@ -236,6 +236,9 @@ def test_lists(sample: Path) -> None:
     found = json.loads(vidpipe("probe", sample, "--json").stdout)
     assert found["video"]["width"] == 640
     assert "CPUExecutionProvider" in vidpipe("devices").stdout
+    checked = json.loads(vidpipe("models", "--check", "nano-2x", "--json").stdout)
+    assert [m["scale"] for m in checked["models"]] == [2]
+    assert "not an ONNX" in refused("models", "--check", sample)
     assert json.loads(vidpipe("devices", "--json").stdout)["devices"][0]["device"] == "cpu"
     assert "nano-2x" in [
         m["name"] for m in json.loads(vidpipe("models", "--json").stdout)["models"]

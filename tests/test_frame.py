@@ -50,6 +50,9 @@ def test_unspecified_matrix_follows_the_size() -> None:
     assert color.resolved(720, 576).matrix == Matrix.SMPTE170M
     assert color.resolved(1280, 720).matrix == Matrix.BT709
     assert color.resolved(720, 576).range == Range.LIMITED
+    assert Color(matrix=Matrix.YCGCO).resolved(64, 64).matrix == Matrix.YCGCO
+    with pytest.raises(SpecError, match="matrix coefficients 8"):
+        Color(matrix=Matrix.YCGCO).luma_coefficients()
     assert Color(matrix=Matrix.BT2020_NCL).resolved(64, 64).matrix == Matrix.BT2020_NCL
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,26 @@ def test_versions_agree() -> None:
     project = PACKAGE.parent / "pyproject.toml"
     if project.is_file():
         assert tomllib.loads(project.read_text())["project"]["version"] == vidpipe.__version__
+
+
+def test_each_extra_brings_at_most_one_onnx_runtime() -> None:
+    """They install the same module: two of them break each other."""
+    import tomllib
+
+    project = PACKAGE.parent / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("not in a source tree")
+    extras = tomllib.loads(project.read_text())["project"]["optional-dependencies"]
+    for name, lines in extras.items():
+        packages = {line.split(";")[0].split("[")[0].split(">")[0].strip() for line in lines}
+        runtimes = packages & {"onnxruntime", "onnxruntime-gpu", "onnxruntime-windowsml"}
+        assert len(runtimes) <= 1, name
+
+
+def test_nothing_is_reported_home(tmp_path: Path) -> None:
+    """ONNX Runtime's telemetry keeps a database under the user's cache folder when it is on."""
+    code = "import numpy, vidpipe; vidpipe.Enhancer()(numpy.zeros((32, 32), numpy.uint8))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []

@@ -427,12 +427,21 @@ def graphs() -> None:
 
 @app.command()
 def models(
+    check: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Run this model and hold it to what it promises."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
-    """List the built-in models."""
-    from vidpipe.model.descriptor import builtin_models
+    """List the built-in models, or check one, built-in or a file."""
+    from vidpipe.model import probe as trial
+    from vidpipe.model.descriptor import builtin_models, describe, find_model
 
-    found = builtin_models()
+    if check is None:
+        found = builtin_models()
+    else:
+        found = [describe(find_model(check))]
+        trial.check(found[0])
     if as_json:
         _print_json({"models": [d.to_dict() for d in found]})
         return

@@ -108,7 +108,7 @@ class Color:
         convention of players; an unspecified range is limited.
         """
         matrix = self.matrix
-        if matrix not in LUMA_COEFFICIENTS and matrix != Matrix.RGB:
+        if matrix == Matrix.UNSPECIFIED:
             small = width <= 1024 and height <= 576
             matrix = Matrix.SMPTE170M if small else Matrix.BT709
         return replace(
@@ -119,7 +119,13 @@ class Color:
         )
 
     def luma_coefficients(self) -> tuple[float, float]:
-        """Return (K_R, K_B) of a resolved colour."""
+        """Return (K_R, K_B) of a resolved colour.
+
+        Raises:
+            SpecError: the matrix is not one of R'G'B' to Y'CbCr by such coefficients.
+        """
+        if self.matrix not in LUMA_COEFFICIENTS:
+            raise SpecError(f"matrix coefficients {self.matrix} have no K_R and K_B")
         return LUMA_COEFFICIENTS[self.matrix]
 
 
@@ -273,7 +279,12 @@ class Frame:
         return float(self.pts * self.spec.time_base)
 
     def replace(
-        self, planes: Sequence[Array], spec: FrameSpec, *, slot: Slot | None = None
+        self,
+        planes: Sequence[Array],
+        spec: FrameSpec,
+        *,
+        slot: Slot | None = None,
+        ready: Event | None = None,
     ) -> Frame:
         """Return a frame with the same time and side data and another picture."""
         return Frame(
@@ -283,7 +294,8 @@ class Frame:
             self.duration,
             self.captured_s,
             self.side_data,
-            slot=slot,
+            ready,
+            slot,
         )
 
     def wait(self, stream: Stream) -> None:

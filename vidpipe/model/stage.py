@@ -1,0 +1,259 @@
+"""The stage that runs a model on every frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from vidpipe.device import CPU, Ring, Stream
+from vidpipe.errors import DeviceError, ModelError, SpecError
+from vidpipe.frame import Array, Frame, FrameSpec
+from vidpipe.model import tiling
+from vidpipe.model.compile import alignment, compile_model, output_spec
+from vidpipe.model.descriptor import Descriptor, describe, find_model
+from vidpipe.model.session import CpuSession, Session, default_threads
+from vidpipe.stage import Stage, register
+
+DEFAULT_STRENGTH = 1.0
+"""Strength of models that take one, where none is asked for: all of it."""
+
+_SAMPLED_FRAMES = 25
+_SAMPLED_ROWS = 8
+
+
+@register("model")
+class Model(Stage):
+    """Runs an ONNX model on every frame: planes in, planes of `scale` times the size out.
+
+    Args:
+        model: name of a built-in model, or path of an ONNX file.
+        strength: value of the model's strength input, from 0 (leave the picture alone) to 1
+            in the built-in models; 1 if not given. May be changed by `set_strength`.
+        device: "auto" or "cpu".
+        threads: threads of one operator; 0 for as many as there are processors.
+        tile: "auto" (only when memory is short), "off", or the size of the tiles in input
+            pixels such as "640x360", overlap included.
+        memory_limit: memory that the model may take, such as "2G"; half of what is free if
+            not given. Decides about tiles.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        strength: float | None = None,
+        device: str = "auto",
+        threads: int = 0,
+        tile: str = "auto",
+        memory_limit: str | None = None,
+    ) -> None:
+        if device not in ("auto", "cpu"):
+            raise DeviceError(
+                f"device '{device}' cannot run models in this version", hint="Use auto or cpu"
+            )
+        if strength is not None and not math.isfinite(strength):
+            raise SpecError(f"strength is {strength}, expected a number")
+        if threads < 0:
+            raise SpecError(f"threads is {threads}, expected 0 or more")
+        self.model = model
+        self.strength = strength
+        self.device = device
+        self.threads = threads
+        self.tile = tile
+        self.memory_limit = memory_limit
+        self._tile_size = None if tile in ("auto", "off") else tiling.parse_size(tile)
+        self._limit = None if memory_limit is None else tiling.parse_bytes(memory_limit)
+        self._descriptor: Descriptor | None = None
+        self._spec: FrameSpec | None = None
+        self._out: FrameSpec | None = None
+        self._session: Session | None = None
+        self._ring: Ring | None = None
+        self._stream: Stream | None = None
+        self._bound: set[int] = set()
+        self._layout: tiling.Layout | None = None
+        self._nodes: dict[str, int] = {}
+        self._threads = threads
+        self._frames = 0
+        self._grown = 0
+        self._changes: list[float] = []
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """What the model promises; read from its file once.
+
+        Raises:
+            ModelError: there is no such model, or it cannot be used.
+        """
+        if self._descriptor is None:
+            descriptor = describe(find_model(self.model))
+            if self.strength is not None and descriptor.strength is None:
+                raise ModelError(
+                    f"model '{descriptor.name}' has no strength input",
+                    hint="Leave out the strength, or use a model that has one",
+                )
+            self._descriptor = descriptor
+        return self._descriptor
+
+    def plan(self, spec: FrameSpec) -> FrameSpec:
+        """Return the enlarged spec; format, time base and rate stay.
+
+        Colour tags stay too, save for a matrix that was not tagged and that players would
+        guess differently at the new size: it is then tagged as what the input was.
+
+        Raises:
+            ModelError: the model cannot be used.
+            SpecError: it cannot take such frames.
+        """
+        if spec.device != CPU:
+            raise SpecError(f"the model runs on the CPU, the frames are on {spec.device}")
+        out = output_spec(self.descriptor, spec)
+        self._plan_tiles(spec)
+        self._spec, self._out = spec, out
+        return out
+
+    def open(self) -> None:
+        """Compile the graph, load it and allocate the ring.
+
+        Nothing is run: on the CPU a first run is no slower than the next.
+
+        Raises:
+            ModelError: ONNX Runtime cannot load the graph.
+            SpecError: the memory limit is too small even for tiles.
+        """
+        assert self._spec is not None
+        assert self._out is not None
+        spec, out, model = self._spec, self._out, self.descriptor
+        layout = self._plan_tiles(spec)
+        compiled = compile_model(model, tiling.tile_spec(spec, layout) if layout else spec)
+        if layout is None and self.tile == "auto":
+            layout = tiling.choose(model, compiled, self._limit or tiling.available_bytes())
+            if layout is not None:
+                compiled = compile_model(model, tiling.tile_spec(spec, layout))
+        strength = DEFAULT_STRENGTH if self.strength is None else self.strength
+        session: Session = CpuSession(compiled, threads=self.threads, strength=strength)
+        self._threads = self.threads or default_threads()
+        if layout is not None:
+            session = tiling.TiledSession(session, compiled, layout, spec, out)
+        self._session, self._layout = session, layout
+        self._nodes = session.nodes_by_provider()
+        shapes = [(shape, out.format.dtype) for shape in out.plane_shapes()]
+        self._ring = Ring(shapes, self.ring_depth, out.device)
+        self._bound.clear()
+
+    def process(self, frame: Frame) -> Iterable[Frame]:
+        """Give the model's picture of one frame, in a slot of the ring."""
+        assert self._ring is not None
+        assert self._session is not None
+        assert self._out is not None
+        slot, planes = self._ring.lease()
+        if slot.index not in self._bound:
+            self._bind(slot.index, slot.buffers)
+        if self._stream is not None:
+            frame.wait(self._stream)
+            slot.write_by(self._stream)
+        event = self._session.run(slot.index, frame.planes, self._stream)
+        if self._stream is not None:
+            frame.read_by(self._stream)
+        result = frame.replace(planes, self._out, slot=slot, ready=event)
+        if event is None and self._frames % _SAMPLED_FRAMES == 0:
+            self._changes.append(mean_change(frame.planes[0], planes[0], self._out))
+        self._frames += 1
+        return (result,)
+
+    def set_strength(self, value: float) -> None:
+        """Change the strength from the next frame on. May be called from any thread.
+
+        Raises:
+            ModelError: the model has no strength input.
+        """
+        if self.descriptor.strength is None:
+            raise ModelError(f"model '{self.descriptor.name}' has no strength input")
+        self.strength = value
+        if self._session is not None:
+            self._session.set_strength(value)
+
+    def close(self) -> None:
+        """Let go of the session and the ring; planes that somebody holds stay valid."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+        if self._ring is not None:
+            self._grown += self._ring.grown
+        self._ring = None
+        self._bound.clear()
+
+    def report(self) -> dict[str, Any]:
+        """Return what ran where.
+
+        Keys: "summary", "model", "scale", "frames", "device", "threads", "nodes" (how many nodes each
+        execution provider ran), "tiles" (None, or their layout), "ring_grown", "strength"
+        where the model has one, and "mean_change": the mean absolute difference between the
+        input's first plane and the output's, averaged down to the input's size, in 8-bit
+        code values; over every 25th frame and every 8th row.
+        """
+        model = self._descriptor
+        facts: dict[str, Any] = {
+            "model": model.name if model else self.model,
+            "scale": model.scale if model else None,
+            "frames": self._frames,
+            "device": "cpu",
+            "threads": self._threads,
+            "nodes": dict(self._nodes),
+            "tiles": str(self._layout) if self._layout else None,
+            "ring_grown": self._grown,
+            "mean_change": float(np.mean(self._changes)) if self._changes else None,
+        }
+        if model is not None and model.strength is not None:
+            facts["strength"] = DEFAULT_STRENGTH if self.strength is None else self.strength
+        return {"summary": _summary(facts), **facts}
+
+    def _bind(self, slot: int, buffers: tuple[Array, ...]) -> None:
+        assert self._session is not None
+        self._session.bind(slot, buffers)
+        self._bound.add(slot)
+
+    def _plan_tiles(self, spec: FrameSpec) -> tiling.Layout | None:
+        """Return the tiles that are certain: asked for, or needed by a model of fixed size."""
+        model = self.descriptor
+        if model.size is not None:
+            x, y = alignment(model, spec)
+            padded = (-(-spec.width // x) * x, -(-spec.height // y) * y)
+            return None if padded == model.size else tiling.lay_out(model, spec, *model.size)
+        if self._tile_size is not None:
+            return tiling.lay_out(model, spec, *self._tile_size)
+        return None
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    nodes = ", ".join(f"{count} nodes on {name}" for name, count in facts["nodes"].items())
+    text = f"{facts['model']}: {nodes or 'not run'}"
+    if facts["tiles"]:
+        text += f"; tiles: {facts['tiles']}"
+    if facts["mean_change"] is not None:
+        text += f"; changed the picture by {facts['mean_change']:.2f} code values on average"
+    return text
+
+
+def mean_change(before: Array, after: Array, out: FrameSpec) -> float:
+    """Return how much a model changed the first plane, in 8-bit code values.
+
+    The mean absolute difference between the input and the output averaged down to the
+    input's size, on every 8th row.
+
+    Args:
+        before: shape (h, w), uint8 or uint16, on the CPU.
+        after: shape (h * s, w * s), likewise.
+        out: spec of `after`.
+    """
+    height, width = before.shape
+    scale = after.shape[0] // height
+    rows = after.reshape(height, scale, width, scale)[::_SAMPLED_ROWS]
+    total: Array = before[::_SAMPLED_ROWS].astype(np.int32) * -(scale**2)
+    for y in range(scale):
+        for x in range(scale):
+            total += rows[:, y, :, x]
+    unit = scale**2 * (1 << (out.format.bits - 8 + out.format.shift))
+    return float(np.abs(total).mean() / unit)

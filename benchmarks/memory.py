@@ -42,7 +42,7 @@ def _peak_mb(source: Path, destination: Path, model: str) -> float:
     """Return the peak resident memory of one run, in MB."""
     process = subprocess.Popen(
         [sys.executable, "-m", "vidpipe", "run", str(source), str(destination)]
-        + ["--model", model, "--overwrite", "--json"],
+        + f"--model {model} --overwrite --json".split(),
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)

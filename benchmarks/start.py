@@ -25,7 +25,7 @@ def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
             begin_s = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-m", "vidpipe", "run", str(clip), str(out)]
-                + ["--model", model, "--overwrite", "--json", "--duration", str(frame_s / 2)],
+                + f"--model {model} --overwrite --json --duration {frame_s / 2}".split(),
                 check=True,
                 capture_output=True,
                 text=True,

@@ -41,7 +41,7 @@ def test_build_graph_fills_the_open_ends() -> None:
     assert graph.nodes["sink"].options == {"path": "out.mp4", "crf": 20.0}
     assert graph.nodes["model"].options["tile"] == "off"
     assert build_graph("i", "o.mp4", threads=2).nodes["source"].options["threads"] == 2
-    with pytest.raises(GraphError, match="an option 'cfr'. Did you mean 'crf'"):
+    with pytest.raises(GraphError, match=r"an option 'cfr'\. Did you mean 'crf'"):
         build_graph("in.mp4", "out.mp4", cfr=20)
     with pytest.raises(GraphError, match="several encode stages"):
         build_graph("in.mp4", "out.mp4", graph="archive-and-share")

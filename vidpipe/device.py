@@ -142,7 +142,8 @@ class Ring:
         self.shapes = tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in shapes)
         self.device = device
         self.grown = 0
-        self._lock = threading.Lock()
+        # A lease can end inside `lease`, when the garbage collector runs there.
+        self._lock = threading.RLock()
         self._slots = [Slot(i, self._allocate()) for i in range(depth)]
         self._free = list(reversed(self._slots))
 

@@ -62,6 +62,7 @@ class Report:
         first_frame_s: from start until the first frame reached a sink, or None.
         media_s: media time covered by the frames that reached the sinks.
         stages: in the order of the graph.
+        notes: what the user should know, one line each.
         problems: what does not add up, one line each; empty after a sound run.
     """
 
@@ -70,6 +71,7 @@ class Report:
     first_frame_s: float | None
     media_s: float
     stages: list[StageReport]
+    notes: list[str]
     problems: list[str]
 
     @property
@@ -354,10 +356,12 @@ class Pipeline:
         if self._aborted:
             raise Cancelled("stopped; nothing was kept")
         stages = self.progress()
+        notes: list[str] = []
         problems: list[str] = []
         media_s = 0.0
         for runner, stage in zip(self._runners.values(), stages, strict=True):
             stage.facts = runner.actor.report()
+            notes += stage.facts.pop("notes", [])
             problems += stage.facts.pop("problems", [])
             if runner.input is not None and runner.node.source is not None:
                 given = self._runners[runner.node.source].report.frames_out
@@ -374,6 +378,7 @@ class Pipeline:
             self._first_frame_s,
             media_s,
             stages,
+            notes,
             problems,
         )
 

@@ -44,7 +44,12 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
         """Let go of everything. Called once on the actor's thread, also after an error."""
 
     def report(self) -> dict[str, Any]:
-        """Return facts for the run's report, JSON-compatible; called after `close`."""
+        """Return facts for the run's report, JSON-compatible; called after `close`.
+
+        Three keys mean something to the pipeline: "summary" is a short line for people,
+        "notes" are lines that the user should know, "problems" are lines that make the run
+        one that does not add up.
+        """
         return {}
 
 

@@ -188,11 +188,11 @@ class Model(Stage):
     def report(self) -> dict[str, Any]:
         """Return what ran where.
 
-        Keys: "summary", "model", "scale", "frames", "device", "threads", "nodes" (how many nodes each
-        execution provider ran), "tiles" (None, or their layout), "ring_grown", "strength"
-        where the model has one, and "mean_change": the mean absolute difference between the
-        input's first plane and the output's, averaged down to the input's size, in 8-bit
-        code values; over every 25th frame and every 8th row.
+        Keys: "summary", "model", "scale", "frames", "device", "threads", "nodes" (how many
+        nodes each execution provider ran), "tiles" (None, or their layout), "ring_grown",
+        "strength" where the model has one, and "mean_change": the mean absolute difference
+        between the input's first plane and the output's, averaged down to the input's size,
+        in 8-bit code values; over every 25th frame and every 8th row.
         """
         model = self._descriptor
         facts: dict[str, Any] = {

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import av
+import modelgen
 import numpy as np
 import pytest
 
@@ -210,6 +211,76 @@ def test_bad_inputs_are_refused_in_one_line(sample: Path, tmp_path: Path) -> Non
     assert "expected 0 to 1" in refused("run", sample, out, "--denoise", 2)
     refused("run", sample)
     only(tmp_path, "t.mp4", "e.mp4")
+
+
+def test_a_truncated_file_gives_what_decodes_and_says_what_is_lost(
+    sample: Path, tmp_path: Path
+) -> None:
+    whole = sample.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: int(0.6 * len(whole))])
+    done = vidpipe("run", tmp_path / "cut.mp4", tmp_path / "o.mp4")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = [n for n in done.stderr.splitlines() if "damaged" in n]
+    assert "s of the picture lost; kept what decodes" in line
+    with av.open(str(tmp_path / "o.mp4")) as out:
+        assert 20 < len(list(out.decode(video=0))) < 75
+
+
+def test_damage_in_the_middle_is_skipped(sample: Path, tmp_path: Path) -> None:
+    data = bytearray(sample.read_bytes())
+    middle = len(data) // 2
+    for offset in range(middle, middle + 3000):
+        data[offset] ^= 0x5A
+    (tmp_path / "bad.mp4").write_bytes(data)
+    done = vidpipe("run", tmp_path / "bad.mp4", tmp_path / "o.mp4")
+    assert done.returncode == 2, done.stderr
+    assert "damaged" in done.stderr
+    with av.open(str(tmp_path / "o.mp4")) as out:
+        assert len(list(out.decode(video=0))) > 60
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.m4a"), "w") as container:
+        stream = container.add_stream("aac", rate=48000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 48000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert "video" in refused("run", tmp_path / "a.m4a", tmp_path / "o.mp4")
+    only(tmp_path, "a.m4a")
+
+
+def test_a_model_with_wrong_channels_is_refused(sample: Path, tmp_path: Path) -> None:
+    model = modelgen.Net(4).conv(np.ones((4, 4, 3, 3))).save(tmp_path / "four.onnx")
+    assert "channels" in refused("run", sample, tmp_path / "o.mp4", "--model", model)
+    only(tmp_path, "four.onnx")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX resource limits")
+def test_a_full_disk_leaves_nothing_under_the_final_name(sample: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); "
+        "from vidpipe.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(sample), str(tmp_path / "o.mp4")],
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("vidpipe: error: ") == 1
+    assert "Traceback" not in done.stderr
+    only(tmp_path)
+
+
+def test_memory_does_not_grow_with_length(sample: Path, tmp_path: Path) -> None:
+    """Thirty times as many frames take hardly more memory."""
+    from benchmarks import memory
+
+    figures = memory.measure(sample, "nano-2x", rounds=1)
+    assert figures["long_frames"] == 30 * figures["short_frames"]
+    assert figures["long_peak_mb"] - figures["short_peak_mb"] < 25
 
 
 def test_an_existing_output_is_kept_unless_told(sample: Path, tmp_path: Path) -> None:

@@ -75,9 +75,12 @@ def main() -> None:
 
 
 def _print_error(error: VidpipeError) -> None:
-    err.print(
-        f"vidpipe: error: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-    )
+    _print_text(f"vidpipe: error: {error}", "red", err)
+
+
+def _print_text(text: str, style: str = "", console: Console = out) -> None:
+    """Print a line as it is, however long: no wrapping and no markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(value: bool) -> None:
@@ -360,7 +363,7 @@ def _show_progress(
         TextColumn("{task.fields[line]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(name, total=frames or duration_s, line="starting")
         while not pipeline.wait(0.1):
             seen = _progress(pipeline)
@@ -382,36 +385,28 @@ def _print_report(report: Report, destination: Path, as_json: bool) -> None:
     else:
         speed = report.media_s / report.wall_s if report.wall_s else 0.0
         frames = min((s.frames_in for s in report.stages if s.frames_out == 0), default=0)
-        first = report.first_frame_s
-        out.print(
+        line = (
             f"{destination}: {frames} frames, {report.media_s:.3f} s of video in "
             f"{report.wall_s:.1f} s ({frames / report.wall_s:.1f} fps, {speed:.2f} times real time)"
-            + (f", first frame after {first:.2f} s" if first is not None else ""),
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading, justify in (
-            ("stage", "left"), ("in", "right"), ("out", "right"), ("fps", "right"), ("", "left"),
-        ):  # fmt: skip
-            table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+        if report.first_frame_s is not None:
+            line += f", first frame after {report.first_frame_s:.2f} s"
+        _print_text(line)
+        width = max(len(stage.name) for stage in report.stages)
+        _print_text(f"  {'stage':{width}}  {'in':>6}  {'out':>6}  {'fps':>7}", "dim")
         for stage in report.stages:
-            mark = "  (slowest)" if stage is report.slowest else ""
-            table.add_row(
-                f"{stage.name}",
-                str(stage.frames_in or ""),
-                str(stage.frames_out or ""),
-                f"{stage.fps:.1f}" if stage.fps else "",
-                f"{stage.facts.get('summary', '')}{mark}",
+            fps = f"{stage.fps:.1f}" if stage.fps else ""
+            mark = " (slowest)" if stage is report.slowest else ""
+            _print_text(
+                f"  {stage.name:{width}}  {stage.frames_in or '':>6}  {stage.frames_out or '':>6}"
+                f"  {fps:>7}{mark}  {stage.facts.get('summary', '')}"
             )
-        out.print(table, markup=False, highlight=False, soft_wrap=True)
         if report.outcome == "stopped":
-            out.print(f"Stopped early: {destination} is complete up to {report.media_s:.3f} s.")
+            _print_text(f"stopped early: {destination} is complete up to {report.media_s:.3f} s")
+        for note in report.notes:
+            _print_text(f"vidpipe: note: {note}", "yellow", err)
     for problem in report.problems:
-        err.print(
-            f"vidpipe: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        _print_text(f"vidpipe: problem: {problem}", "red", err)
 
 
 @app.command()
@@ -483,7 +478,7 @@ def probe(
     lines += [f"  chapter  {c.start_s:.3f} to {c.end_s:.3f} s  {c.title}" for c in info.chapters]
     lines += [f"  tag      {key}: {value}" for key, value in info.metadata.items()]
     for line in lines:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        _print_text(line)
 
 
 @app.command()
@@ -499,11 +494,10 @@ def devices(
         return
     for device in found:
         providers = ", ".join(device["providers"]) or "no execution provider"
-        out.print(
+        _print_text(
             f"{device['device']}: {device['name']}, {device['cores']} cores, "
-            f"{device['memory_bytes'] / 2**30:.1f} GiB: {providers}",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"{device['memory_bytes'] / 2**30:.1f} GiB: {providers}"
+        )
 
 
 if __name__ == "__main__":

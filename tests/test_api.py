@@ -23,10 +23,17 @@ def chain(**options: object) -> list[str]:
 
 
 def test_model_chain() -> None:
-    assert chain() == ["nano-2x"]
-    assert chain(scale=4) == ["nano-2x", "nano-2x"]
-    assert chain(scale=3) == ["nano-2x", "nano-2x", "resize"]
-    assert chain(scale=1.5) == ["nano-2x", "resize"]
+    assert chain() == chain(device="cpu") == chain(device="auto") == ["clean-2x-nano"]
+    assert chain(device="cuda:0") == ["clean-2x-fast"]
+    assert chain(quality="quality") == ["clean-2x-quality"]
+    assert chain(denoise=0.5, quality="fast", scale=1) == ["clean-1x-fast"]
+    assert chain(scale=1, quality="quality") == ["clean-1x-fast"]
+    assert chain(scale=4) == ["clean-2x-nano", "nano-2x"]
+    assert chain(scale=3) == ["clean-2x-nano", "nano-2x", "resize"]
+    assert chain(scale=1.5) == ["clean-2x-nano", "resize"]
+    assert chain(model="clean-1x-nano", scale=2) == ["clean-1x-nano", "nano-2x"]
+    assert chain(model="nano-2x", scale=4) == ["nano-2x", "nano-2x"]
+    assert model_chain(denoise=0.5)[0]["strength"] == 0.5
     with pytest.raises(InputError, match="no strength"):
         model_chain(model="nano-2x", denoise=0.5)
     with pytest.raises(InputError, match="quality is 'best'"):

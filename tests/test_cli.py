@@ -316,6 +316,28 @@ def test_lists(sample: Path) -> None:
     ]
 
 
+def test_compare_prints_a_table_and_draws_a_sheet(
+    doubled: tuple[Path, str], sample: Path, tmp_path: Path
+) -> None:
+    blurred, sheet = tmp_path / "blurred.mkv", tmp_path / "sheet.png"
+    done = vidpipe("run", doubled[0], blurred, "--crf", 45, "--duration", 0.2, "--scale", 1,
+                   "--model", "clean-1x-nano")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    done = vidpipe("compare", doubled[0], doubled[0], blurred, "--json", "--sheet", sheet)
+    assert done.returncode == 0, done.stderr
+    same, worse = json.loads(done.stdout)["scores"]
+    assert same["psnr_db"] == 100
+    assert same["flicker"] == 0
+    assert 20 < worse["psnr_db"] < 45
+    with av.open(str(sheet)) as picture:
+        assert next(picture.decode(video=0)).width > 200
+    printed = vidpipe("compare", doubled[0], blurred, "--frames", 2).stdout
+    assert "PSNR-Y" in printed
+    assert "blurred.mkv" in printed
+    assert "size" in refused("compare", doubled[0], sample)
+    refused("compare", doubled[0])
+
+
 def test_progress_on_a_terminal_names_the_slowest_stage(sample: Path, tmp_path: Path) -> None:
     """Under a real pseudo-terminal, the way a user sees it."""
     pty = pytest.importorskip("pty")

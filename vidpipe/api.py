@@ -28,20 +28,23 @@ def model_chain(
     model: PathLike | None = None,
     scale: float | None = None,
     denoise: float | None = None,
-    quality: str = "nano",
+    quality: str | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the stages between decoder and encoder for what was asked.
 
     Args:
-        model: name of a built-in model or path of an ONNX file; by default a built-in one is
-            chosen by scale, denoise and quality.
+        model: name of a built-in model or path of an ONNX file; by default the clean model
+            of the scale and quality.
         scale: wanted enlargement, 1 to 16; by default the model's own, or 2.
-        denoise: strength of noise and artefact removal, 0 to 1; None leaves it to the model.
-        quality: tier of the built-in models: "nano", "fast" or "quality".
+        denoise: strength of noise and artefact removal, 0 to 1; None is all of it.
+        quality: tier of the built-in models: "nano", "fast" or "quality"; by default the one
+            that suits the device, nano on a CPU and fast on a GPU.
+        device: where the models will run.
 
     Returns:
-        Options of each stage, with "use" among them. A model is repeated until the picture is
-        large enough, and a resize brings it to a scale that is not a power of the model's.
+        Options of each stage, with "use" among them. Enlarging is repeated until the picture
+        is large enough, and a resize brings it to a scale that is not a power of the model's.
 
     Raises:
         InputError: a value is out of range, or nothing would be done.
@@ -49,6 +52,8 @@ def model_chain(
     """
     from vidpipe.model.descriptor import describe, find_model
 
+    if quality is None:
+        quality = "nano" if device in (None, "auto", "cpu") else "fast"
     if quality not in QUALITIES:
         raise InputError(f"quality is '{quality}'", hint=f"Use {', '.join(QUALITIES)}")
     if denoise is not None and not 0 <= denoise <= 1:
@@ -57,13 +62,9 @@ def model_chain(
         raise InputError(f"scale is {scale}, expected 1 to 16")
 
     if model is None:
-        clean_tier = "fast" if quality == "quality" else quality
-        if scale == 1:
-            model = f"clean-1x-{clean_tier}"
-        elif denoise is not None:
-            model = f"clean-2x-{quality}"
-        else:
-            model = f"{quality}-2x"
+        # Real files are compressed: there the plain doublers can do worse than Lanczos.
+        same_size = "fast" if quality == "quality" else quality
+        model = f"clean-1x-{same_size}" if scale == 1 else f"clean-2x-{quality}"
     first = describe(find_model(str(model)))
     target = float(scale if scale is not None else first.scale)
     if denoise is not None and first.strength is None:
@@ -76,9 +77,9 @@ def model_chain(
         stage["strength"] = float(denoise)
     chain = [stage]
     reached = first.scale
-    repeat = stage
-    if (first.scale == 1 and target > 1) or (denoise is not None and target > reached):
-        repeat = {"use": "model", "model": f"{quality}-2x"}
+    # Cleaning once is enough, so a clean model is followed by plain doublers.
+    cleans = first.strength is not None or first.scale == 1
+    repeat = {"use": "model", "model": f"{quality}-2x"} if cleans else stage
     while reached < target:
         step = describe(find_model(repeat["model"])).scale
         chain.append(dict(repeat))
@@ -96,7 +97,7 @@ def build_graph(
     model: PathLike | None = None,
     scale: float | None = None,
     denoise: float | None = None,
-    quality: str = "nano",
+    quality: str | None = None,
     overrides: Sequence[str] = (),
     **options: Any,
 ) -> Graph:
@@ -116,7 +117,13 @@ def build_graph(
         GraphError: the graph is wrong or does not fit the other arguments.
     """
     if graph is None:
-        built = _file_graph(model=model, scale=scale, denoise=denoise, quality=quality)
+        built = _file_graph(
+            model=model,
+            scale=scale,
+            denoise=denoise,
+            quality=quality,
+            device=options.get("device"),
+        )
     else:
         if scale is not None:
             raise GraphError(
@@ -259,7 +266,7 @@ def stream(
     model: PathLike | None = None,
     scale: float | None = None,
     denoise: float | None = None,
-    quality: str = "nano",
+    quality: str | None = None,
     device: str = "auto",
     threads: int = 0,
 ) -> Iterator[Frame]:
@@ -287,7 +294,7 @@ def stream(
 
     graph = Graph("frames in, frames out").add("in", FrameSource(first.spec, all_frames()))
     previous = "in"
-    chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality)
+    chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality, device=device)
     for number, options in enumerate(chain):
         use = options.pop("use")
         if use == "model":

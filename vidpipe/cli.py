@@ -118,16 +118,22 @@ def run(
     scale: Annotated[
         float | None,
         typer.Option(
-            help="Enlargement, 1 to 16. [default: the model's, 2]", rich_help_panel=_PICTURE
+            help="Enlargement, 1 to 16. [default: the model's, or 2]", rich_help_panel=_PICTURE
         ),
     ] = None,
     denoise: Annotated[
         float | None,
-        typer.Option(help="Remove noise and artefacts, 0 to 1.", rich_help_panel=_PICTURE),
+        typer.Option(
+            help="Remove noise and artefacts, 0 to 1. [default: 1]", rich_help_panel=_PICTURE
+        ),
     ] = None,
     quality: Annotated[
-        Quality, typer.Option(help="Tier of the built-in models.", rich_help_panel=_PICTURE)
-    ] = Quality.nano,
+        Quality | None,
+        typer.Option(
+            help="Tier of the built-in models. [default: nano on a CPU, fast on a GPU]",
+            rich_help_panel=_PICTURE,
+        ),
+    ] = None,
     graph: Annotated[
         str | None,
         typer.Option(help="Shipped graph or TOML file.", rich_help_panel=_PICTURE),
@@ -231,7 +237,7 @@ def run(
                     model=model,
                     scale=scale,
                     denoise=denoise,
-                    quality=quality.value,
+                    quality=quality.value if quality else None,
                     overrides=set_ or [],
                     **given,
                 )
@@ -452,6 +458,48 @@ def models(
             d.description,
         )
     out.print(table, markup=False)
+
+
+@app.command()
+def compare(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="REF OUT...",
+            help="The clip that counts as the truth, then clips of the same size.",
+            show_default=False,
+        ),
+    ],
+    sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="PNG", help="Write crops side by side where they differ most."),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Compare no more than so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Measure how close clips come to a reference: PSNR, SSIM, VMAF, flicker."""
+    from vidpipe.compare import compare as compare_files
+
+    if len(paths) < 2:
+        raise InputError("two clips are needed", hint="Write: vidpipe compare REF OUT...")
+    reference, *outputs = paths
+    found = compare_files(reference, outputs, sheet=sheet, max_frames=frames)
+    if as_json:
+        _print_json(found.as_dict())
+        return
+    width = max(len(score.name) for score in found.scores)
+    _print_text(
+        f"{'':{width}}  {'frames':>6}  {'PSNR-Y':>7}  {'SSIM-Y':>7}  {'VMAF-NEG':>8}  {'flicker':>7}",
+        "dim",
+    )
+    for score in found.scores:
+        vmaf = "n/a" if score.vmaf_neg is None else f"{score.vmaf_neg:.2f}"
+        _print_text(
+            f"{score.name:{width}}  {score.frames:>6}  {score.psnr_db:>7.2f}  {score.ssim:>7.4f}"
+            f"  {vmaf:>8}  {score.flicker:>7.3f}"
+        )
+    if sheet is not None:
+        _print_text(f"crops: {sheet}")
 
 
 @app.command()

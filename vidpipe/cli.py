@@ -522,7 +522,11 @@ def probe(
         f"{' interlaced' if video.interlaced else ''}, "
         + (f"{float(video.rate):.5g} fps ({video.rate_mode})" if video.rate else "variable rate"),
     ]
-    lines += [f"  stream   {stream}" for stream in info.streams]
+    for stream in info.streams:
+        marks = [stream.language or "", *stream.disposition]
+        marks.append(f"{stream.duration_s:.3f} s" if stream.duration_s is not None else "")
+        facts = ", ".join(mark for mark in marks if mark and mark != "und")
+        lines.append(f"  stream   {stream.index}: {stream.kind} {stream.codec}  {facts}".rstrip())
     lines += [f"  chapter  {c.start_s:.3f} to {c.end_s:.3f} s  {c.title}" for c in info.chapters]
     lines += [f"  tag      {key}: {value}" for key, value in info.metadata.items()]
     for line in lines:

@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("name", choices=names)
     parser.add_argument("--clip", type=Path, default=Path("samples/bigbuckbunny.mp4"))
-    parser.add_argument("--model", default="nano-2x")
+    parser.add_argument("--model", default="clean-2x-nano")
     parser.add_argument("--rounds", type=int, default=3, help="medians are taken over these")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     arguments = parser.parse_args()

@@ -40,9 +40,9 @@ def _looped(clip: Path, path: Path, loops: int) -> None:
 
 def _peak_mb(source: Path, destination: Path, model: str) -> float:
     """Return the peak resident memory of one run, in MB."""
+    arguments = ["run", str(source), str(destination), "--model", model, "--overwrite", "--json"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vidpipe", "run", str(source), str(destination)]
-        + f"--model {model} --overwrite --json".split(),
+        [sys.executable, "-m", "vidpipe", *arguments],
         stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)

@@ -22,10 +22,10 @@ def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "o.mkv"
         for round_ in range(rounds + 1):
+            arguments = ["run", str(clip), str(out), "--model", model, "--overwrite", "--json"]
             begin_s = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-m", "vidpipe", "run", str(clip), str(out)]
-                + f"--model {model} --overwrite --json --duration {frame_s / 2}".split(),
+                [sys.executable, "-m", "vidpipe", *arguments, "--duration", str(frame_s / 2)],
                 check=True,
                 capture_output=True,
                 text=True,

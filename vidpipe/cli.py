@@ -25,6 +25,7 @@ from rich.table import Table
 from vidpipe import __version__
 from vidpipe.errors import InputError, VerificationError, VidpipeError
 from vidpipe.graph import Graph, shipped_graphs
+from vidpipe.live.command import live
 from vidpipe.pipeline import Pipeline, Report
 
 EXIT_STOPPED = 130
@@ -54,6 +55,9 @@ class Deinterlace(StrEnum):
     auto = "auto"
     always = "always"
     never = "never"
+
+
+app.command()(live)
 
 
 def main() -> None:
@@ -489,7 +493,7 @@ def compare(
         return
     width = max(len(score.name) for score in found.scores)
     _print_text(
-        f"{'':{width}}  {'frames':>6}  {'PSNR-Y':>7}  {'SSIM-Y':>7}  {'VMAF-NEG':>8}  {'flicker':>7}",
+        f"{'clip':{width}}  frames   PSNR-Y   SSIM-Y  VMAF-NEG  flicker",
         "dim",
     )
     for score in found.scores:
@@ -499,7 +503,7 @@ def compare(
             f"  {vmaf:>8}  {score.flicker:>7.3f}"
         )
     if sheet is not None:
-        _print_text(f"crops: {sheet}")
+        _print_text(f"crops in {sheet}: the reference, then the clips in this order")
 
 
 @app.command()

@@ -1,11 +1,13 @@
-"""How close clips are to a reference: PSNR, SSIM, VMAF-NEG and flicker of the luma, and a contact sheet.
+"""How close clips are to a reference: PSNR, SSIM, VMAF-NEG and flicker of the luma.
 
-The library part of `vidpipe compare`. All clips are decoded once, side by side, and compared frame by
-frame in the order of decoding; they must have the reference's size.
+The library part of `vidpipe compare`, which also writes a contact sheet of the places where the
+clips differ most. All clips are decoded once, side by side, and compared frame by frame in the
+order of decoding; they must have the reference's size.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import importlib
 import json
@@ -13,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +29,7 @@ VMAF_MODEL = "version=vmaf_v0.6.1neg"
 CROP = 160  # pixels, both ways, of a contact sheet's crops
 PLACES = 6  # rows of a contact sheet
 _GAP = 4
+_FULL_RANGE = 2  # AVCOL_RANGE_JPEG
 
 Luma = NDArray[np.float32]
 Rgb = NDArray[np.uint8]
@@ -91,7 +95,8 @@ def ssim(reference: Luma, picture: Luma) -> float:
     """
     if reference.shape != picture.shape or min(reference.shape) < 8:
         raise InputError(
-            f"got planes of {reference.shape} and {picture.shape}, expected equal ones of 8x8 or more"
+            f"got planes of {reference.shape} and {picture.shape}, "
+            "expected equal ones of 8x8 or more"
         )
     rows, columns = reference.shape[0] // 4, reference.shape[1] // 4
 
@@ -191,7 +196,7 @@ def write_png(path: Path, picture: Rgb) -> None:
     context = av.CodecContext.create("png", "w")
     context.height, context.width = picture.shape[:2]
     context.pix_fmt = "rgb24"
-    context.time_base = "1/25"
+    context.time_base = Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     packets = [*context.encode(frame), *context.encode(None)]
     try:
@@ -230,40 +235,42 @@ class _Tally:
 
 
 class _VmafMeter:
-    """One libvmaf filter, fed pair by pair; its log is written when the graph goes."""
+    """One libvmaf filter, fed pair by pair; it writes its log when the graph goes."""
 
     def __init__(self, width: int, height: int, log: Path) -> None:
         av = _av()
         self._log = log
-        self._frame = av.VideoFrame
         self._count = 0
         graph = av.filter.Graph()
-        source = {"width": width, "height": height, "format": "yuv420p", "time_base": "1/25"}
-        self._picture = graph.add_buffer(**_buffer(av, source), name="picture")
-        self._reference = graph.add_buffer(**_buffer(av, source), name="reference")
-        # Colons and backslashes separate options in FFmpeg's syntax.
-        place = str(log).replace("\\", "/").replace(":", "\\:")
+        self._width, self._height = width // 2 * 2, height // 2 * 2
+        self._inputs = [
+            graph.add_buffer(
+                width=self._width,
+                height=self._height,
+                format="yuv420p",
+                name=name,
+                time_base=Fraction(1, 25),
+            )
+            for name in ("picture", "reference")
+        ]
+        # Colons separate options in FFmpeg's syntax.
+        place = log.as_posix().replace(":", "\\:")
         vmaf = graph.add("libvmaf", f"model={VMAF_MODEL}:log_fmt=json:log_path={place}")
-        self._sink = graph.add("buffersink")
-        self._picture.link_to(vmaf, 0, 0)
-        self._reference.link_to(vmaf, 0, 1)
-        vmaf.link_to(self._sink)
+        sink = graph.add("buffersink")
+        for number, buffer in enumerate(self._inputs):
+            buffer.link_to(vmaf, 0, number)
+        vmaf.link_to(sink)
         graph.configure()
         self._graph: Any = graph
+        self._sink: Any = sink
 
     def add(self, reference: Luma, picture: Luma) -> None:
-        for buffer, plane in ((self._picture, picture), (self._reference, reference)):
-            height, width = plane.shape
-            codes = np.full((height + 2 * ((height + 1) // 2), width), 128, np.uint8)
-            codes[:height] = np.rint(plane)
-            frame = self._frame(width, height, "yuv420p")
-            for target, values in zip(frame.planes, (codes[:height], None, None), strict=True):
-                stored = np.full((target.height, target.line_size), 128, np.uint8)
-                if values is not None:
-                    stored[:, :width] = values
-                target.update(stored.tobytes())
-            frame.pts = self._count
-            frame.time_base = "1/25" if isinstance(frame.time_base, str) else _tick()
+        av = _av()
+        for buffer, plane in zip(self._inputs, (picture, reference), strict=True):
+            codes = np.full((self._height * 3 // 2, self._width), 128, np.uint8)
+            codes[: self._height] = np.rint(plane[: self._height, : self._width])
+            frame = av.VideoFrame.from_ndarray(codes, format="yuv420p")
+            frame.pts, frame.time_base = self._count, Fraction(1, 25)
             buffer.push(frame)
         self._count += 1
         self._drain()
@@ -278,10 +285,11 @@ class _VmafMeter:
 
     def close(self) -> float:
         """End the stream and read the mean score."""
-        self._picture.push(None)
-        self._reference.push(None)
+        while self._inputs:
+            self._inputs.pop().push(None)
         self._drain()
-        del self._graph, self._picture, self._reference, self._sink
+        self._sink = self._graph = None
+        gc.collect()
         report = json.loads(self._log.read_text())
         return float(report["pooled_metrics"]["vmaf"]["mean"])
 
@@ -334,3 +342,51 @@ class _Finder:
                 sheet[i * pitch : i * pitch + crop, j * pitch : j * pitch + crop] = picture
         write_png(path, sheet)
         return tuple(entry[2] for entry in ranked)
+
+
+def _av() -> ModuleType:
+    return importlib.import_module("av")
+
+
+def _frames(name: str) -> Iterator[Any]:
+    """All frames of the first video stream, as the decoder gives them."""
+    av = _av()
+    try:
+        with av.open(name) as container:
+            if not container.streams.video:
+                raise MediaError(f"{name}: got a file without pictures, expected a video")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            yield from container.decode(stream)
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(f"{name}: cannot be read as video: {error}") from error
+
+
+def _one_size(names: Sequence[str], group: Sequence[Any]) -> tuple[int, int]:
+    """The (width, height) that all clips share."""
+    size = (group[0].width, group[0].height)
+    for name, frame in zip(names, group, strict=True):
+        if (frame.width, frame.height) != size:
+            raise InputError(
+                f"{name}: got {frame.width}x{frame.height}, "
+                f"expected {size[0]}x{size[1]} as in {names[0]}",
+                hint="Compare clips of one size",
+            )
+    return size
+
+
+def _luma(frame: Any) -> Luma:
+    """The Y plane, float32 (H, W): limited-range codes on the 8-bit scale, in quarters if deep."""
+    deep = any(part.bits > 8 for part in frame.format.components)
+    full = frame.format.name.startswith("yuvj") or int(frame.color_range) == _FULL_RANGE
+    wanted = "yuv420p10le" if deep else "yuv420p"
+    if full:
+        frame = frame.reformat(format=wanted, src_color_range="JPEG", dst_color_range="MPEG")
+    elif frame.format.name != wanted:
+        frame = frame.reformat(format=wanted)
+    plane = frame.planes[0]
+    kind = np.uint16 if deep else np.uint8
+    pitch = plane.line_size // np.dtype(kind).itemsize
+    values = np.frombuffer(plane, kind).reshape(-1, pitch)[: frame.height, : frame.width]
+    codes = values.astype(np.float32)
+    return codes * np.float32(0.25) if deep else codes

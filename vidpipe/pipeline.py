@@ -201,6 +201,15 @@ class _Runner:
         self.report.busy_s += clock.now_s() - start_s
 
 
+def _link(writer: Actor, reader: Actor, capacity: int, clock: Clock) -> Link:
+    """Return the link between two actors; at the ends of a live graph the latest frame wins."""
+    policy = writer.policy if isinstance(writer, Source) else Policy.BLOCK
+    if isinstance(reader, Sink):
+        policy = Policy.LATEST if reader.policy is Policy.LATEST else policy
+        capacity = reader.capacity or capacity
+    return Link(capacity, policy, clock)
+
+
 class Pipeline:
     """A graph that can be run once.
 
@@ -238,8 +247,7 @@ class Pipeline:
             runner = _Runner(node, actor, self)
             if node.source is not None:
                 writer = self._runners[node.source]
-                policy = writer.actor.policy if isinstance(writer.actor, Source) else Policy.BLOCK
-                runner.input = Link(capacity, policy, self.clock)
+                runner.input = _link(writer.actor, actor, capacity, self.clock)
                 writer.outputs.append(runner.input)
             self._runners[node.name] = runner
 

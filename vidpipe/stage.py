@@ -110,6 +110,13 @@ class Stage(_Actor):
 class Sink(_Actor):
     """Where frames go."""
 
+    policy: Policy = Policy.BLOCK
+    """What the link before the sink does when it is full. Live sinks use LATEST, so that one
+    that stalls does not hold up the others."""
+
+    capacity: int | None = None
+    """Frames that the link before the sink holds; by default as many as the other links."""
+
     def attach(self, source: Source) -> None:
         """Learn which source feeds this sink; called before `plan`."""
 
@@ -182,10 +189,16 @@ _T = TypeVar("_T", bound=ActorClass)
 
 # Named here, not imported: a graph is checked before the heavy modules are loaded.
 _BUILT_IN = {
+    "capture": "vidpipe.live.capture:Capture",
     "decode": "vidpipe.media.decode:Decode",
     "encode": "vidpipe.media.encode:Encode",
+    "enhance": "vidpipe.live.enhance:Enhance",
     "model": "vidpipe.model.stage:Model",
+    "page": "vidpipe.live.page:Page",
+    "record": "vidpipe.live.outputs:Record",
     "resize": "vidpipe.media.resize:Resize",
+    "stream": "vidpipe.live.outputs:StreamOut",
+    "virtual-camera": "vidpipe.live.virtualcam:VirtualCamera",
 }
 
 

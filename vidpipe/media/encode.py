@@ -259,7 +259,8 @@ class Encode(Sink):
             for s in facts["streams"]
         ]
         summary = f"{facts['encoder']} {options}".strip()
-        notes = [f"not kept by {self._container.name}: {line}" for line in facts.get("lost", [])]
+        lost = ", ".join(facts.get("lost", []))
+        notes = [f"{self._container.name} does not keep {lost}"] if lost else []
         if facts.get("start_shift_s"):
             notes.append(
                 f"all streams begin {facts['start_shift_s']:.3f} s later than in the source"

@@ -40,6 +40,8 @@ def _looped(clip: Path, path: Path, loops: int) -> None:
 
 def _peak_mb(source: Path, destination: Path, model: str) -> float:
     """Return the peak resident memory of one run, in MB."""
+    if sys.platform == "win32":
+        raise SystemExit("this benchmark needs a POSIX system")
     arguments = ["run", str(source), str(destination), "--model", model, "--overwrite", "--json"]
     process = subprocess.Popen(
         [sys.executable, "-m", "vidpipe", *arguments],

@@ -274,6 +274,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(sample: Path, tmp_path:
     only(tmp_path)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs the peak memory of a POSIX process")
 def test_memory_does_not_grow_with_length(sample: Path, tmp_path: Path) -> None:
     """Thirty times as many frames take hardly more memory."""
     from benchmarks import memory

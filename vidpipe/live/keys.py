@@ -86,16 +86,16 @@ def _single_keys() -> Iterator[None]:
     """Let the terminal give keys one by one, without showing them; Ctrl-C stays a signal."""
     if sys.platform == "win32":
         yield
-        return
-    import termios
-    import tty
+    else:
+        import termios
+        import tty
 
-    before = termios.tcgetattr(sys.stdin)
-    try:
-        tty.setcbreak(sys.stdin)
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        before = termios.tcgetattr(sys.stdin)
+        try:
+            tty.setcbreak(sys.stdin)
+            yield
+        finally:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _posix_keys(stop: threading.Event) -> Iterator[str]:
@@ -112,8 +112,11 @@ def _posix_keys(stop: threading.Event) -> Iterator[str]:
 
 
 def _windows_keys(stop: threading.Event) -> Iterator[str]:
-    import msvcrt
+    if sys.platform == "win32":
+        import msvcrt
 
-    while not stop.wait(0.05):
-        while msvcrt.kbhit():  # type: ignore[attr-defined]
-            yield msvcrt.getwch()  # type: ignore[attr-defined]
+        while not stop.wait(0.05):
+            while msvcrt.kbhit():
+                yield msvcrt.getwch()
+    else:
+        yield from ()

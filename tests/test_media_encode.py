@@ -407,3 +407,43 @@ def test_real_clips(tmp_path: Path, suffix: str) -> None:
         assert float(shift) == pytest.approx(report["start_shift_s"], abs=1e-5)
         tick = Fraction(1, 1000) if suffix == "mkv" else Fraction(1, 90000)
         assert max(abs(a - b - shift) for a, b in zip(after, before, strict=True)) <= tick
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "expected"),
+    [("h264", ".mp4", "yuv444p"), ("vp9", ".webm", "gbrp"), ("ffv1", ".mkv", "bgr0")],
+)
+def test_rgb_keeps_its_colours_whatever_the_encoder_takes(
+    tmp_path: Path, codec: str, suffix: str, expected: str
+) -> None:
+    """Few encoders take R'G'B'; the picture must look the same in Y'CbCr."""
+    first = spec_of("gbrp", (64, 48), time_base=Fraction(1, 25))
+    ramp = np.linspace(20, 235, 64).astype(np.uint8)
+    planes = (
+        np.broadcast_to(ramp, (48, 64)).copy(),
+        np.full((48, 64), 40, np.uint8),
+        np.broadcast_to(ramp[::-1], (48, 64)).copy(),
+    )
+    path = tmp_path / f"rgb{suffix}"
+    sink = Encode(path=str(path), codec=codec, crf=None if codec == "ffv1" else 1.0)
+    copy(FrameSource(first, [Frame(planes, first, i) for i in range(5)]), sink)
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].pix_fmt == expected
+        decoded = next(container.decode(video=0)).reformat(format="gbrp", src_color_range=0)
+        for plane, wanted in zip(decoded.planes, planes, strict=True):
+            got = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:48, :64]
+            assert abs(got.astype(int) - wanted).max() <= 6
+    noted = any("rounds its colours" in note for note in sink.report()["notes"])
+    assert noted == expected.startswith("yuv")
+
+
+def test_pictures_become_rgb_when_asked_for(tmp_path: Path) -> None:
+    source = mediagen.make(tmp_path / "in.mkv", frames=3)
+    path = tmp_path / "out.mkv"
+    copy(Decode(path=str(source)), Encode(path=str(path), codec="ffv1", pix_fmt="bgr0"))
+    with av.open(str(path)) as container, av.open(str(source)) as original:
+        got, wanted = (next(c.decode(video=0)) for c in (container, original))
+        assert got.format.name == "bgr0"
+        difference = got.reformat(format="rgb24").to_ndarray().astype(int)
+        difference -= wanted.reformat(format="rgb24").to_ndarray()
+        assert abs(difference).mean() < 3

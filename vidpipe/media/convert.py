@@ -169,7 +169,7 @@ class Converter:
         width, height, format: what comes out.
         kernel: how planes are resized, a name of `KERNELS`.
 
-    Matrix and range stay what they are, unless RGB turns into YUV or back.
+    Matrix and range stay what they are, unless the call names others.
     """
 
     def __init__(
@@ -182,19 +182,26 @@ class Converter:
         self._flags: Any = KERNELS[kernel] | _EXACT
         self._reformatter = VideoReformatter()
 
-    def __call__(self, frame: av.VideoFrame, color: Color) -> av.VideoFrame:
-        """Convert one frame; `color` must be resolved (see `FrameSpec.resolved_color`)."""
-        matrix = _SWS_MATRIX.get(color.matrix, 5)
-        full = color.range == Range.FULL
+    def __call__(
+        self, frame: av.VideoFrame, color: Color, target: Color | None = None
+    ) -> av.VideoFrame:
+        """Convert one frame.
+
+        Args:
+            frame: on the CPU.
+            color: of the frame, resolved (see `FrameSpec.resolved_color`).
+            target: of the result, resolved; by default the same.
+        """
+        target = target or color
         return self._reformatter.reformat(
             frame,
             self.width,
             self.height,
             self.format,
-            src_colorspace=matrix,
-            dst_colorspace=matrix,
-            src_color_range=2 if full else 1,
-            dst_color_range=2 if full else 1,
+            src_colorspace=_SWS_MATRIX.get(color.matrix, 5),
+            dst_colorspace=_SWS_MATRIX.get(target.matrix, 5),
+            src_color_range=2 if color.range == Range.FULL else 1,
+            dst_color_range=2 if target.range == Range.FULL else 1,
             interpolation=self._flags,
             threads=self.threads,
         )

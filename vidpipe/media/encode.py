@@ -14,7 +14,13 @@ from vidpipe.errors import OutputError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.media.containers import CONTAINERS, Container, container_for
 from vidpipe.media.decode import Decode
-from vidpipe.media.encoders import Encoder, encoder_for, encoder_format, encoder_options
+from vidpipe.media.encoders import (
+    Encoder,
+    encoded_color,
+    encoder_for,
+    encoder_format,
+    encoder_options,
+)
 from vidpipe.media.hdr import writes_hdr
 from vidpipe.media.passthrough import Passthrough
 from vidpipe.media.probe import SIDE_DATA_KINDS, MediaInfo
@@ -261,6 +267,14 @@ class Encode(Sink):
         summary = f"{facts['encoder']} {options}".strip()
         lost = ", ".join(facts.get("lost", []))
         notes = [f"{self._container.name} does not keep {lost}"] if lost else []
+        if (
+            self._spec is not None
+            and encoded_color(self._spec, facts["pixel_format"]).matrix != self._spec.color.matrix
+        ):
+            notes.append(
+                f"the picture is {self._spec.format}; it was encoded as {facts['pixel_format']}, "
+                "which rounds its colours"
+            )
         if facts.get("start_shift_s"):
             notes.append(
                 f"all streams begin {facts['start_shift_s']:.3f} s later than in the source"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import av
@@ -11,7 +11,7 @@ import av.codec
 import numpy as np
 
 from vidpipe.errors import OutputError, SpecError, did_you_mean
-from vidpipe.frame import PIXEL_FORMATS, FrameSpec, PixelFormat
+from vidpipe.frame import PIXEL_FORMATS, Color, FrameSpec, Matrix, PixelFormat, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,8 @@ def encoder_options(
 def encoder_format(encoder: Encoder, spec: FrameSpec, wanted: str | None) -> str:
     """Return the pixel format to encode in, FFmpeg's name.
 
-    The link's own if the encoder takes it, else the nearest that loses nothing.
+    The link's own if the encoder takes it, else the nearest that loses nothing; for R'G'B',
+    which few encoders take, Y'CbCr without subsampling.
 
     Raises:
         OutputError: there is none, or the encoder does not take the one that is wanted.
@@ -139,12 +140,33 @@ def encoder_format(encoder: Encoder, spec: FrameSpec, wanted: str | None) -> str
             )
         return wanted
     chosen = name if not names or name in names else _lossless(spec.format, names)
+    if chosen is None and spec.format.model == "rgb":
+        full = PixelFormat("", "yuv", min(spec.format.bits, 10))
+        chosen = _lossless(full, names)
     if chosen is None:
         raise OutputError(
             f"encoder {encoder.name} cannot hold pixel format {name} without loss",
             hint=f"Use --pix-fmt with one of {', '.join(_links(names))}, or another --codec",
         )
     return chosen
+
+
+def is_rgb(pix_fmt: str) -> bool:
+    """Say whether a pixel format, by FFmpeg's name, holds R'G'B'."""
+    return bool(av.VideoFormat(pix_fmt, 16, 16).is_rgb)
+
+
+def encoded_color(spec: FrameSpec, pix_fmt: str) -> Color:
+    """Return the colour tags of frames of `spec` once they are in `pix_fmt`.
+
+    They are the link's own, unless R'G'B' becomes Y'CbCr, which is then that of BT.709 in
+    limited range, or the other way round.
+    """
+    if spec.format.model == "rgb" and not is_rgb(pix_fmt):
+        return replace(spec.color, matrix=Matrix.BT709, range=Range.LIMITED)
+    if spec.format.model == "yuv" and is_rgb(pix_fmt):
+        return replace(spec.color, matrix=Matrix.RGB, range=Range.FULL)
+    return spec.color
 
 
 def _links(names: list[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vidpipe.frame import PIXEL_FORMATS, Frame, FrameSpec
 from vidpipe.media.containers import Container
 from vidpipe.media.convert import Converter, fill, frame_from, planes_of
 from vidpipe.media.decode import Decode
-from vidpipe.media.encoders import Encoder, check_size, to_yuv
+from vidpipe.media.encoders import Encoder, check_size, encoded_color, to_yuv
 from vidpipe.media.hdr import hdr_options
 from vidpipe.media.headers import PADDING, patch_matroska, patch_mp4
 from vidpipe.media.passthrough import Passthrough
@@ -80,6 +81,7 @@ class Writer:
         self._encoder = encoder
         self._spec = spec
         self._pix_fmt = pix_fmt
+        self._color = encoded_color(spec, pix_fmt)
         self._source = source
         self._passthrough = passthrough
         self._drop = drop
@@ -195,7 +197,7 @@ class Writer:
         # PyAV's default, slice threads alone, makes libx264 cut pictures into slices.
         context.thread_type = "AUTO"
         context.flags |= _FRAME_DURATION
-        color = spec.color
+        color = self._color
         context.color_range = color.range
         context.colorspace = color.matrix
         context.color_trc = color.transfer
@@ -272,15 +274,16 @@ class Writer:
                 self._converters[spec] = Converter(
                     self._spec.width, self._spec.height, self._pix_fmt, "lanczos"
                 )
-            picture = self._converters[spec](picture, spec.resolved_color())
+            color = spec.resolved_color()
+            target_color = encoded_color(replace(spec, color=color), self._pix_fmt)
+            picture = self._converters[spec](picture, color, target_color)
             self._resized += not same_size
         if frame.side_data is not None and "captions" not in self._drop:
             picture = self._with_side_data(picture, frame.side_data)
-        color = self._spec.color
-        picture.color_range = color.range
-        picture.colorspace = color.matrix
-        picture.color_trc = color.transfer
-        picture.color_primaries = color.primaries
+        picture.color_range = self._color.range
+        picture.colorspace = self._color.matrix
+        picture.color_trc = self._color.transfer
+        picture.color_primaries = self._color.primaries
         picture.pict_type = 0
         return picture
 

@@ -8,7 +8,7 @@ else
 BIN = bin
 endif
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test lint clean
 
 demo: ## Install into a fresh environment and double the sample clip.
 	rm -rf $(VENV)-demo demo

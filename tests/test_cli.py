@@ -7,13 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
 import modelgen
 import numpy as np
 import pytest
+
+from vidpipe import cli, testing
+from vidpipe.errors import Cancelled
+from vidpipe.frame import Frame, FrameSpec
+from vidpipe.graph import Graph
+from vidpipe.pipeline import Pipeline
+from vidpipe.stage import Source
 
 VIDPIPE = [sys.executable, "-m", "vidpipe"]
 
@@ -165,6 +174,30 @@ def test_one_interrupt_leaves_a_playable_file(sample: Path, tmp_path: Path) -> N
     assert 2 <= frames < 75
     assert frames == report["stages"][-1]["frames_in"]
     only(tmp_path, "o.mp4")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends itself a POSIX signal")
+def test_an_interrupt_before_the_first_frame_keeps_nothing(tmp_path: Path) -> None:
+    class Interrupted(Source):
+        stopped = threading.Event()
+
+        def plan(self) -> FrameSpec:
+            return testing.spec()
+
+        def frames(self) -> Iterator[Frame]:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert self.stopped.wait(60)
+            return iter(())
+
+        def stop(self) -> None:
+            self.stopped.set()
+
+    graph = Graph().add("in", Interrupted())
+    graph.add("out", "encode", "in", path=str(tmp_path / "o.mp4"))
+    with pytest.raises(Cancelled, match="nothing was kept") as caught:
+        cli._run(Pipeline(graph), Path("camera"), as_json=True)
+    assert caught.value.exit_code == 130
+    only(tmp_path)
 
 
 def test_two_interrupts_leave_nothing(sample: Path, tmp_path: Path) -> None:

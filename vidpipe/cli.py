@@ -311,7 +311,6 @@ def _interrupts(first: Callable[[], None], second: Callable[[], None]) -> Iterat
         nonlocal seen
         seen += 1
         if seen == 1:
-            err.print("vidpipe: finishing what was begun; press Ctrl-C again to stop now")
             first()
         else:
             second()
@@ -325,10 +324,17 @@ def _interrupts(first: Callable[[], None], second: Callable[[], None]) -> Iterat
 
 
 def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
+    def finish() -> None:
+        if pipeline.written()[0]:
+            err.print("vidpipe: finishing what was begun; press Ctrl-C again to stop now")
+            pipeline.stop()
+        else:  # no file can be made of no frame
+            pipeline.abort()
+
     pipeline.plan()
     frames = pipeline.sources()[0].expected_frames
     duration_s = pipeline.sources()[0].expected_s
-    with _interrupts(pipeline.stop, pipeline.abort):
+    with _interrupts(finish, pipeline.abort):
         pipeline.start()
         if as_json:
             while not pipeline.wait(0.5):

@@ -16,7 +16,7 @@ from vidpipe import errors
 PACKAGE = Path(vidpipe.__file__).parent
 
 LAYERS = [
-    {"errors", "clock"},
+    {"errors", "clock", "interrupts"},
     {"device"},
     {"frame"},
     {"link", "stage"},

@@ -161,13 +161,18 @@ def _file_graph(**request: Any) -> Graph:
     """Return decode, the chain of models, encode; without paths."""
     built = Graph("decode, enhance, encode")
     built.add("source", "decode")
-    previous = "source"
-    for number, options in enumerate(model_chain(**request)):
+    last = _add_chain(built, "source", model_chain(**request))
+    return built.add("sink", "encode", last)
+
+
+def _add_chain(graph: Graph, source: str, chain: list[dict[str, Any]]) -> str:
+    """Add the stages of `model_chain` one after the other; return the last one's name."""
+    for number, options in enumerate(chain):
         use = options.pop("use")
         name = "resize" if use == "resize" else "model" if number == 0 else f"model{number + 1}"
-        built.add(name, use, previous, **options)
-        previous = name
-    return built.add("sink", "encode", previous)
+        graph.add(name, use, source, **options)
+        source = name
+    return source
 
 
 def _set_everywhere(graph: Graph, options: Mapping[str, Any]) -> None:
@@ -206,18 +211,7 @@ def enhance(
     Raises:
         VidpipeError: nothing is left under the name of the destination.
     """
-    pipeline = Pipeline(build_graph(source, destination, **options))
-    if progress is None:
-        return pipeline.run()
-    pipeline.start()
-    try:
-        while not pipeline.wait(0.2):
-            progress(pipeline)
-    except BaseException:
-        pipeline.abort()
-        pipeline.wait()
-        raise
-    return pipeline.report()
+    return Pipeline(build_graph(source, destination, **options)).run(progress)
 
 
 def read(path: PathLike, **options: Any) -> Iterator[Frame]:
@@ -293,16 +287,11 @@ def stream(
         yield from iterator
 
     graph = Graph("frames in, frames out").add("in", FrameSource(first.spec, all_frames()))
-    previous = "in"
     chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality, device=device)
-    for number, options in enumerate(chain):
-        use = options.pop("use")
-        if use == "model":
-            options |= {"device": device, "threads": threads}
-        graph.add(f"{use}{number}", use, previous, **options)
-        previous = f"{use}{number}"
+    last = _add_chain(graph, "in", chain)
+    _set_everywhere(graph, {"device": device, "threads": threads})
     outlet = _Outlet()
-    graph.add("out", outlet, previous)
+    graph.add("out", outlet, last)
     pipeline = Pipeline(graph)
     pipeline.start()
     try:

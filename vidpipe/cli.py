@@ -7,14 +7,9 @@ package is missing; 4 the run ended but its report does not add up; 130 stopped 
 from __future__ import annotations
 
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -25,8 +20,9 @@ from rich.table import Table
 from vidpipe import __version__
 from vidpipe.errors import InputError, VerificationError, VidpipeError
 from vidpipe.graph import Graph, shipped_graphs
+from vidpipe.interrupts import interrupts
 from vidpipe.live.command import live
-from vidpipe.pipeline import Pipeline, Report
+from vidpipe.pipeline import Pipeline, Report, slowest_stage
 
 EXIT_STOPPED = 130
 
@@ -299,30 +295,6 @@ def _jobs(paths: list[Path]) -> list[tuple[Path, Path]]:
     return jobs
 
 
-@contextmanager
-def _interrupts(first: Callable[[], None], second: Callable[[], None]) -> Iterator[None]:
-    """Call `first` at the first Ctrl-C or SIGTERM, `second` at the next ones."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = 0
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == 1:
-            first()
-        else:
-            second()
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
     def finish() -> None:
         if pipeline.written()[0]:
@@ -334,7 +306,7 @@ def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
     pipeline.plan()
     frames = pipeline.sources()[0].expected_frames
     duration_s = pipeline.sources()[0].expected_s
-    with _interrupts(finish, pipeline.abort):
+    with interrupts(finish, pipeline.abort):
         pipeline.start()
         if as_json:
             while not pipeline.wait(0.5):
@@ -349,8 +321,7 @@ def _progress(pipeline: Pipeline) -> dict[str, Any]:
     source = pipeline.sources()[0]
     frames, media_s = pipeline.written()
     elapsed_s = pipeline.elapsed_s()
-    stages = [s for s in pipeline.progress() if s.fps is not None]
-    slowest = min(stages, key=lambda s: s.fps or 0.0, default=None)
+    slowest = slowest_stage(pipeline.progress())
     eta_s = None
     if source.expected_frames and frames:
         eta_s = elapsed_s * max(0, source.expected_frames - frames) / frames

@@ -77,8 +77,7 @@ class Report:
     @property
     def slowest(self) -> StageReport | None:
         """The stage that bounds the rate, or None when nothing ran."""
-        busy = [s for s in self.stages if s.fps is not None]
-        return min(busy, key=lambda s: s.fps or 0.0, default=None)
+        return slowest_stage(self.stages)
 
     def stage(self, name: str) -> StageReport:
         """Return the report of one stage."""
@@ -87,6 +86,11 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-compatible values."""
         return asdict(self)
+
+
+def slowest_stage(stages: Iterable[StageReport]) -> StageReport | None:
+    """Return the stage that bounds the rate, or None when nothing ran."""
+    return min((s for s in stages if s.fps), key=lambda s: s.fps or 0.0, default=None)
 
 
 class _Runner:
@@ -334,8 +338,11 @@ class Pipeline:
             if runner.input is not None:
                 runner.input.close()
 
-    def run(self) -> Report:
+    def run(self, progress: Callable[[Pipeline], None] | None = None) -> Report:
         """Start, wait and report.
+
+        Args:
+            progress: called about five times a second while it runs.
 
         Raises:
             VidpipeError: the first error of any stage; everything has been closed.
@@ -344,7 +351,8 @@ class Pipeline:
         try:
             # A join without a timeout cannot be interrupted on Windows.
             while not self.wait(0.2):
-                pass
+                if progress is not None:
+                    progress(self)
         except BaseException:
             self.abort()
             self.wait()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +18,7 @@ from rich.text import Text
 
 from vidpipe.errors import InputError, VidpipeError
 from vidpipe.graph import Graph
+from vidpipe.interrupts import interrupts
 
 if TYPE_CHECKING:
     from vidpipe.live.session import Live
@@ -146,8 +145,15 @@ def live(
     host, port = page_address(page) if page is not None else ("", 0)
     running = Live(built, snapshots=snapshots)
     screen = _Screen(running, as_json)
+    stop = threading.Event()
+
+    def halt() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
     with ExitStack() as stack:
-        stop = stack.enter_context(_interrupts())
+        stack.enter_context(interrupts(halt, halt))
         url = None
         if page is not None:
             from vidpipe.live.server import Server
@@ -271,27 +277,6 @@ def page_address(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise InputError(f"page address '{text}' is not understood", hint="Write HOST:PORT or PORT")
     return host, int(port)
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C and SIGTERM set; the second Ctrl-C is an ordinary one."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            signal.default_int_handler(number, frame)
-        stop.set()
-
-    previous = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _Screen:

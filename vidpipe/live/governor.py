@@ -75,11 +75,6 @@ class Governor:
         cost_s = self.costs_s[tier]
         return others_s + cost_s if cost_s <= self.interval_s else math.inf
 
-    def set_budget(self, budget_s: float) -> None:
-        """Keep another budget from now on."""
-        self.budget_s = budget_s
-        self.restart(self.tier)
-
     def restart(self, tier: int) -> None:
         """Go on from a tier that somebody else chose."""
         self.tier = tier

@@ -139,7 +139,6 @@ class CpuSession:
         self._bindings: dict[int, Any] = {}
         self._addresses: dict[int, list[int]] = {}
         self._staging: dict[int, np.ndarray[Any, Any]] = {}
-        self._kept: dict[int, tuple[Array, ...]] = {}
         self._strength = np.zeros(compiled.strength_shape or (), np.float32)
         if strength is not None:
             self.set_strength(strength)

@@ -55,9 +55,15 @@ def test_steady_use_never_grows() -> None:
     assert len(ring) == 2
 
 
-def test_no_ring_on_a_device_that_is_not_supported() -> None:
-    with pytest.raises(DeviceError, match="cuda:0"):
-        Ring([((2, 2), np.uint8)], 1, Device("cuda"))
+def test_a_ring_on_a_gpu_that_is_not_there_is_refused_in_a_line() -> None:
+    with pytest.raises(DeviceError, match="'cupy' is not installed|'cuda:99' cannot be used"):
+        Ring([((2, 2), np.uint8)], 1, Device("cuda", 99))
+
+
+def test_planes_of_a_slot_lie_one_behind_the_other() -> None:
+    slot, planes = Ring([((4, 6), np.uint16), ((2, 3, 2), np.uint16)], 1).lease()
+    assert planes[1].ctypes.data == planes[0].ctypes.data + planes[0].nbytes
+    assert len(slot.buffers) == 2
 
 
 class Stream:

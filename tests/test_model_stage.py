@@ -352,7 +352,7 @@ def test_no_quantiser_is_put_behind_a_quantised_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "cuda"}, DeviceError, "device 'cuda' cannot run models"),
+        ({"device": "tpu"}, DeviceError, "device 'tpu' is not known"),
         ({"threads": -1}, SpecError, "threads is -1"),
         ({"strength": float("nan")}, SpecError, "strength is nan"),
     ],

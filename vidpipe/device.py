@@ -8,6 +8,7 @@ so its events are None.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vidpipe.errors import DeviceError
+from vidpipe.errors import DeviceError, MissingExtraError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,54 @@ class Device:
 
 
 CPU = Device()
+
+setup_lock = threading.RLock()
+"""Held while CUDA memory is taken or a CUDA graph is captured, outside the frame path.
+
+A capture forbids every other thread of the process to allocate on the device.
+"""
+
+
+def import_cupy(device: Device | None = None) -> Any:
+    """Return the cupy module.
+
+    Args:
+        device: make its context the calling thread's own.
+
+    Raises:
+        MissingExtraError: CuPy is not installed.
+        DeviceError: there is no such device.
+    """
+    try:
+        import cupy
+    except ImportError:
+        raise MissingExtraError("cupy", "cuda13") from None
+    if device is not None:
+        try:
+            cupy.cuda.Device(device.index).use()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(
+                f"'{device}' cannot be used: {error}",
+                hint="See vidpipe devices for what there is",
+            ) from None
+    return cupy
+
+
+def new_stream(device: Device) -> Any:
+    """Return a `cupy.cuda.Stream` of its own, which does not wait for the legacy stream.
+
+    Its `record()` makes events that do not spin while a host thread waits for them.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    cupy = import_cupy(device)
+
+    class _Stream(cupy.cuda.Stream):  # type: ignore[misc,name-defined]
+        def record(self, event: Any = None) -> Any:
+            return super().record(event or cupy.cuda.Event(block=True, disable_timing=True))
+
+    return _Stream(non_blocking=True)
 
 
 class Event(Protocol):
@@ -121,14 +170,21 @@ class _HostView:
 class Ring:
     """Buffers for the frames of one stage, allocated before the first frame.
 
+    The planes of a slot lie in one allocation, one behind the other without a gap: NVENC
+    takes a picture only so.
+
     Args:
         shapes: shape and dtype of each plane, in elements.
         depth: number of slots. The pipeline gives a stage as many as its links can hold,
             plus one in each reader's hands and one to write to.
-        device: only the CPU for now; a CUDA ring differs in `_allocate` and `_view`.
+        device: where the memory is.
+        pinned: on the CPU, page-locked memory, which a GPU copies to and from by itself.
 
-    A host ring that runs out, because a user keeps frames, grows by a slot; `grown` counts
-    how often.
+    A ring that runs out, because a user keeps frames, grows by a slot; `grown` counts how
+    often.
+
+    Raises:
+        DeviceError: the device is not there, or its memory does not suffice.
     """
 
     def __init__(
@@ -136,12 +192,14 @@ class Ring:
         shapes: Sequence[tuple[tuple[int, ...], Any]],
         depth: int,
         device: Device = CPU,
+        *,
+        pinned: bool = False,
     ) -> None:
-        if device.kind != "cpu":
-            raise DeviceError(f"no ring can be made on '{device}'", hint="Use --device cpu")
         self.shapes = tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in shapes)
         self.device = device
         self.grown = 0
+        self._pinned = pinned
+        self._cupy = import_cupy(device) if device.kind == "cuda" else None
         # A lease can end inside `lease`, when the garbage collector runs there.
         self._lock = threading.RLock()
         self._slots = [Slot(i, self._allocate()) for i in range(depth)]
@@ -150,8 +208,40 @@ class Ring:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Size of one slot."""
+        return slot_bytes(self.shapes)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """All slots, free or not; for binding them before the first frame."""
+        return tuple(self._slots)
+
     def _allocate(self) -> tuple[Any, ...]:
-        return tuple(np.empty(shape, dtype) for shape, dtype in self.shapes)
+        cupy = self._cupy
+        if cupy is not None:
+            try:
+                with setup_lock:
+                    whole = cupy.empty(self.slot_bytes, np.uint8)
+            except cupy.cuda.memory.OutOfMemoryError:
+                raise DeviceError(
+                    f"{self.device} has no {self.slot_bytes / 2**20:.0f} MiB left for frames",
+                    hint="Use a smaller picture, --vram-limit, or --device cpu",
+                ) from None
+        elif self._pinned:
+            import cupyx
+
+            with setup_lock:
+                whole = cupyx.empty_pinned(self.slot_bytes, np.uint8)
+        else:
+            whole = np.empty(self.slot_bytes, np.uint8)
+        planes, at = [], 0
+        for shape, dtype in self.shapes:
+            size = math.prod(shape) * dtype.itemsize
+            planes.append(whole[at : at + size].view(dtype).reshape(shape))
+            at += size
+        return tuple(planes)
 
     def _give_back(self, slot: Slot) -> None:
         with self._lock:
@@ -172,4 +262,21 @@ class Ring:
                 self._slots.append(slot)
                 self.grown += 1
         lease = Lease(self, slot)
-        return slot, tuple(np.asarray(_HostView(lease, buffer)) for buffer in slot.buffers)
+        if self._cupy is None:
+            return slot, tuple(np.asarray(_HostView(lease, buffer)) for buffer in slot.buffers)
+        return slot, self._device_views(slot, lease)
+
+    def _device_views(self, slot: Slot, lease: Lease) -> tuple[Any, ...]:
+        cupy = self._cupy
+        assert cupy is not None
+        start = slot.buffers[0].data.ptr
+        memory = cupy.cuda.UnownedMemory(start, self.slot_bytes, lease, self.device.index)
+        return tuple(
+            cupy.ndarray(b.shape, b.dtype, cupy.cuda.MemoryPointer(memory, b.data.ptr - start))
+            for b in slot.buffers
+        )
+
+
+def slot_bytes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> int:
+    """Return the size of planes of these shapes and dtypes."""
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)

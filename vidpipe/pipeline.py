@@ -3,7 +3,9 @@
     pipeline = Pipeline(graph)
     report = pipeline.run()
 
-`plan` walks the graph and gives every link its FrameSpec before anything starts. The first
+`plan` walks the graph and gives every link its FrameSpec before anything starts. Where a stage
+takes frames on another device than they are on, it puts a transfer between. Every stage is
+open before a source gives its first frame, so all memory is allocated by then. The first
 error stops everything and is raised with the name of its stage and the media time. `stop`
 ends the sources and lets the rest drain, so that outputs are complete up to that point;
 `abort` drops what is in flight.
@@ -13,15 +15,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vidpipe.clock import Clock, MonotonicClock
+from vidpipe.device import CPU, Device, setup_lock
 from vidpipe.errors import Cancelled, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph, Node
 from vidpipe.link import Link, LinkClosed, Policy
 from vidpipe.stage import Actor, Sink, Source, Stage
+from vidpipe.transfer import Transfer
 
 
 @dataclass(slots=True)
@@ -93,11 +97,46 @@ def slowest_stage(stages: Iterable[StageReport]) -> StageReport | None:
     return min((s for s in stages if s.fps), key=lambda s: s.fps or 0.0, default=None)
 
 
+class StartGate:
+    """Holds every source back until all stages, of one or several pipelines, are open.
+
+    What a stage allocates or captures on a GPU while it opens must not meet another's frames.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting = 0
+        self._aborted = False
+
+    def expect(self, stages: int) -> None:
+        """Wait for so many stages more."""
+        with self._changed:
+            self._waiting += stages
+
+    def arrive(self) -> None:
+        """Say that one of them is open, or will never be."""
+        with self._changed:
+            self._waiting -= 1
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Let everybody pass."""
+        with self._changed:
+            self._aborted = True
+            self._changed.notify_all()
+
+    def wait(self) -> None:
+        """Wait until all stages are open."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._aborted or self._waiting <= 0)
+
+
 class _Runner:
     """One stage, its thread and its links."""
 
     def __init__(self, node: Node, actor: Actor, pipeline: Pipeline) -> None:
         self.node = node
+        self.writer = node.source  # the runner that its frames come from
         self.actor = actor
         self.pipeline = pipeline
         self.input: Link | None = None
@@ -114,9 +153,13 @@ class _Runner:
         try:
             try:
                 start_s = clock.now_s()
-                self.actor.open()
+                try:
+                    self._open()
+                finally:
+                    self.pipeline._gate.arrive()
                 self.report.open_s = clock.now_s() - start_s
                 if isinstance(self.actor, Source):
+                    self.pipeline._gate.wait()
                     self._run_source(self.actor)
                 elif isinstance(self.actor, Stage):
                     self._run_stage(self.actor)
@@ -134,6 +177,13 @@ class _Runner:
             wrapped = VidpipeError(f"{type(error).__name__}: {error}")
             wrapped.__cause__ = error
             self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
+
+    def _open(self) -> None:
+        if not self.pipeline._on_gpu:
+            self.actor.open()
+            return
+        with setup_lock:
+            self.actor.open()
 
     def _run_source(self, source: Source) -> None:
         for frame in self._timed(source.frames):
@@ -176,6 +226,10 @@ class _Runner:
         return frame.spec is not self.spec and frame.spec != self.spec
 
     def _took(self, frame: Frame) -> None:
+        if frame.ready is not None and frame.spec.device == CPU:
+            # NumPy knows no streams: a copy from a GPU has to be over before it is read.
+            frame.ready.synchronize()
+            frame.ready = None
         self.spec = frame.spec
         self.time_s = frame.time_s
         self.report.frames_in += 1
@@ -221,15 +275,24 @@ class Pipeline:
         graph: the stages; validated here.
         capacity: frames that may wait on each link.
         clock: source of all times.
+        gate: shared with other pipelines that must open before this one's first frame.
 
     Raises:
         GraphError: the graph is wrong.
         VidpipeError: a stage cannot be made with its options.
     """
 
-    def __init__(self, graph: Graph, *, capacity: int = 2, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        *,
+        capacity: int = 2,
+        clock: Clock | None = None,
+        gate: StartGate | None = None,
+    ) -> None:
         graph.validate()
         self.graph = graph
+        self.capacity = capacity
         self.clock = clock or MonotonicClock()
         self.specs: dict[str, FrameSpec] = {}
         self.error: VidpipeError | None = None
@@ -238,6 +301,8 @@ class Pipeline:
         self._aborted = False
         self._start_s = 0.0
         self._first_frame_s: float | None = None
+        self._gate = gate or StartGate()
+        self._on_gpu = False
         self._runners: dict[str, _Runner] = {}
         for node in graph.ordered():
             actor: Any = node.actor
@@ -275,23 +340,41 @@ class Pipeline:
         if self.specs:
             return self.specs
         specs: dict[str, FrameSpec] = {}
+        planned: dict[str, _Runner] = {}
+        moved: dict[tuple[str, Device], _Runner] = {}
         name = ""
         try:
             for name, runner in self._runners.items():
-                actor, node = runner.actor, runner.node
+                actor = runner.actor
                 if isinstance(actor, Source):
                     specs[name] = actor.plan()
+                    planned[name] = runner
                     continue
-                assert node.source is not None
-                runner.spec = specs[node.source]
-                if isinstance(actor, Stage):
-                    specs[name] = actor.plan(runner.spec)
-                    actor.ring_depth = 1 + sum(link.capacity + 1 for link in runner.outputs)
-                else:
+                assert runner.writer is not None
+                if isinstance(actor, Sink):
                     source = self.actor(self.graph.root(name).name)
                     assert isinstance(source, Source)
                     actor.attach(source)
-                    actor.plan(runner.spec)
+                spec = specs[runner.writer]
+                target = actor.device_for(spec)
+                if target != spec.device:
+                    place = (runner.writer, target)
+                    if place not in moved:
+                        moved[place] = self._add_transfer(planned[runner.writer], spec, target)
+                        planned[moved[place].node.name] = moved[place]
+                    self._connect(moved[place], runner)
+                    spec = specs[runner.writer] = replace(spec, device=target)
+                runner.spec = spec
+                if isinstance(actor, Stage):
+                    specs[name] = actor.plan(spec)
+                else:
+                    actor.plan(spec)
+                planned[name] = runner
+            for runner in planned.values():
+                if not isinstance(runner.actor, Sink):
+                    runner.actor.ring_depth = 1 + sum(k.capacity + 1 for k in runner.outputs)
+            self._runners = planned
+            self._on_gpu = any(spec.device != CPU for spec in specs.values())
         except BaseException as error:
             for runner in self._runners.values():
                 runner.actor.close()
@@ -301,6 +384,27 @@ class Pipeline:
         self.specs = specs
         return specs
 
+    def _add_transfer(self, writer: _Runner, spec: FrameSpec, target: Device) -> _Runner:
+        """Return a transfer behind `writer`, with no readers yet."""
+        name = f"{writer.node.name}-to-{target.kind}"
+        actor = Transfer(device=str(target))
+        actor.name, actor.clock = name, self.clock
+        actor.plan(spec)
+        runner = _Runner(Node(name, "transfer", writer.node.name, {}, actor), actor, self)
+        runner.spec = spec
+        runner.input = _link(writer.actor, actor, self.capacity, self.clock)
+        writer.outputs.append(runner.input)
+        return runner
+
+    def _connect(self, writer: _Runner, reader: _Runner) -> None:
+        """Let `reader` read from another writer than before."""
+        assert reader.writer is not None
+        before = self._runners[reader.writer]
+        before.outputs = [link for link in before.outputs if link is not reader.input]
+        reader.input = _link(writer.actor, reader.actor, self.capacity, self.clock)
+        writer.outputs.append(reader.input)
+        reader.writer = writer.node.name
+
     def start(self) -> None:
         """Plan, then start every stage's thread.
 
@@ -309,6 +413,7 @@ class Pipeline:
         """
         self._start_s = self.clock.now_s()
         self.plan()
+        self._gate.expect(len(self._runners))
         for runner in self._runners.values():
             runner.thread.start()
 
@@ -333,6 +438,7 @@ class Pipeline:
     def abort(self) -> None:
         """Drop what is in flight and stop every stage; outputs are not completed."""
         self._aborted = True
+        self._gate.abort()
         self.stop()
         for runner in self._runners.values():
             if runner.input is not None:
@@ -379,12 +485,12 @@ class Pipeline:
             stage.facts = runner.actor.report()
             notes += stage.facts.pop("notes", [])
             problems += stage.facts.pop("problems", [])
-            if runner.input is not None and runner.node.source is not None:
-                given = self._runners[runner.node.source].report.frames_out
+            if runner.writer is not None:
+                given = self._runners[runner.writer].report.frames_out
                 if stage.frames_in + stage.dropped != given:
                     problems.append(
                         f"stage '{stage.name}' took {stage.frames_in} of the {given} frames "
-                        f"that '{runner.node.source}' gave"
+                        f"that '{runner.writer}' gave"
                     )
             if runner.first_s is not None and runner.end_s is not None:
                 media_s = max(media_s, runner.end_s - runner.first_s)

@@ -23,6 +23,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from vidpipe.clock import Clock, MonotonicClock
+from vidpipe.device import CPU, Device
 from vidpipe.errors import GraphError, SpecError, did_you_mean
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.link import Policy
@@ -37,8 +38,19 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     clock: Clock = MonotonicClock()
     """The pipeline's clock; set by the pipeline."""
 
+    ring_depth: int = 4
+    """Slots that a ring of the actor's output needs; set by the pipeline before `open`."""
+
     def open(self) -> None:
         """Allocate, compile and warm up. Called on the actor's thread."""
+
+    def device_for(self, spec: FrameSpec) -> Device:  # noqa: ARG002 - for subclasses
+        """Return where a stage or sink takes the planes of such frames.
+
+        The pipeline moves them there when they are elsewhere. By default to the CPU, so a
+        stage that knows nothing of devices gets NumPy arrays, ready to be read.
+        """
+        return CPU
 
     def close(self) -> None:
         """Let go of everything. Called once on the actor's thread, also after an error."""
@@ -79,9 +91,6 @@ class Source(_Actor):
 
 class Stage(_Actor):
     """Frames in, frames out."""
-
-    ring_depth: int = 4
-    """Slots that the stage's output ring needs; the pipeline sets it before `open`."""
 
     @abstractmethod
     def plan(self, spec: FrameSpec) -> FrameSpec:
@@ -181,6 +190,22 @@ class FrameSource(Source):
         self._stopped = True
 
 
+class Null(Sink):
+    """Takes frames, waits until each is ready, and keeps nothing: for measuring."""
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Take frames where they are."""
+        return spec.device
+
+    def plan(self, spec: FrameSpec) -> None:
+        """Take anything."""
+
+    def write(self, frame: Frame) -> None:
+        """Wait until the frame is ready."""
+        if frame.ready is not None:
+            frame.ready.synchronize()
+
+
 Actor = Source | Stage | Sink
 ActorClass = type[Source] | type[Stage] | type[Sink]
 
@@ -194,6 +219,7 @@ _BUILT_IN = {
     "encode": "vidpipe.media.encode:Encode",
     "enhance": "vidpipe.live.enhance:Enhance",
     "model": "vidpipe.model.stage:Model",
+    "null": "vidpipe.stage:Null",
     "page": "vidpipe.live.page:Page",
     "record": "vidpipe.live.outputs:Record",
     "resize": "vidpipe.media.resize:Resize",

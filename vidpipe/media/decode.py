@@ -16,8 +16,10 @@ import av.filter
 import av.stream
 import av.video.stream
 
+from vidpipe.device import CPU, Device
 from vidpipe.errors import MediaError
 from vidpipe.frame import PIXEL_FORMATS, Color, Frame, FrameSpec, PixelFormat, Range
+from vidpipe.media import nvdec
 from vidpipe.media.convert import Converter, nearest_format, planes_of
 from vidpipe.media.probe import (
     MediaInfo,
@@ -36,6 +38,9 @@ _BWDIF_MIN = (3, 4)
 class Decode(Source):
     """Reads the pictures of a media file, every one, with its own timestamp.
 
+    On a GPU, NVDEC decodes to device planes, NV12 or P010. What NVDEC cannot decode, and
+    pictures to deinterlace, are decoded by the CPU and uploaded; the report says which.
+
     Args:
         path: the file.
         start_s: skip what comes before, in seconds from the start of the file.
@@ -44,6 +49,7 @@ class Decode(Source):
         threads: of the decoder; 0 means as many as the machine has.
         stream: index of the video stream; by default the best one.
         drop: what may be lost on the way in; only "alpha" means something here.
+        device: where the frames go, "cpu", "cuda" or "cuda:N"; "auto" is the CPU.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class Decode(Source):
         threads: int = 0,
         stream: int | None = None,
         drop: list[str] | None = None,
+        device: str = "auto",
     ) -> None:
         if deinterlace not in ("auto", "always", "never"):
             raise MediaError(
@@ -73,9 +80,13 @@ class Decode(Source):
         self.threads = threads
         self.stream = stream
         self.drop = list(drop or ())
+        self.device = CPU if device == "auto" else Device.parse(device)
         self.info: MediaInfo | None = None
         self.counts = _Counts()
         self._stop = threading.Event()
+        self._spec: FrameSpec | None = None
+        self._outlet: nvdec.Outlet | None = None
+        self._why_software = ""
 
     @property
     def trimmed(self) -> bool:
@@ -109,7 +120,54 @@ class Decode(Source):
         self._expect(self.info)
         reader = _Reader(self, stream.time_base, video.color)
         frames = [*reader.take(first), *reader.flush()]
-        return frames[0].spec
+        self._spec = frames[0].spec
+        if self.device != CPU:
+            self._spec = self._plan_gpu(self._spec)
+        return self._spec
+
+    def _plan_gpu(self, spec: FrameSpec) -> FrameSpec:
+        """Return the spec of the frames on the GPU; try NVDEC on the first one."""
+        assert self.info is not None
+        on_device = replace(spec, device=self.device)
+        self._why_software = ""
+        if self.deinterlace == "always" or (
+            self.deinterlace == "auto" and self.info.video.interlaced
+        ):
+            self._why_software = "its pictures are deinterlaced there"
+            return on_device
+        accelerator = nvdec.hardware(self.device)
+        try:
+            with open_input(self.path, accelerator) as container:
+                stream = pick_video(container, self.path, self.info.video_index)
+                picture = next(container.decode(stream))
+                format = nvdec.surface_format(picture)
+        except StopIteration:
+            self._why_software = "NVDEC gives no picture"
+            return on_device
+        except nvdec.DECODE_ERRORS as error:
+            self._why_software = f"NVDEC does not decode it ({nvdec.why_not(error)})"
+            return on_device
+        if format is None or (picture.width, picture.height) != (spec.width, spec.height):
+            what = picture.sw_format or picture.format
+            self._why_software = f"NVDEC gives {what.name}, which is not carried"
+            return on_device
+        return replace(on_device, format=format)
+
+    def open(self) -> None:
+        """Allocate the ring, where frames go to a GPU.
+
+        Raises:
+            DeviceError: its memory does not suffice.
+        """
+        if self.device != CPU:
+            assert self._spec is not None
+            self._outlet = nvdec.Outlet(self._spec, self.ring_depth, not self._why_software)
+
+    def close(self) -> None:
+        """Let go of the ring; planes that somebody holds stay valid."""
+        outlet, self._outlet = self._outlet, None
+        if outlet is not None:
+            outlet.close()
 
     def _check_window(self) -> None:
         assert self.info is not None
@@ -149,34 +207,60 @@ class Decode(Source):
         assert self.info is not None
         self.counts = _Counts()
         start, end = self.window() if self.trimmed else (None, None)
-        with open_input(self.path) as container:
+        time_base = self.info.video_stream.time_base or Fraction(1, 1000)
+        clock = _Clock(self.counts, time_base, self.info.video.rate)
+        for frame in self._read(time_base, start):
+            pts = clock.next(frame.pts if frame.pts != _NO_PTS else None, frame.duration)
+            time = pts * time_base
+            if start is not None and time < start:
+                continue
+            if end is not None and time >= end:
+                break
+            if self._stop.is_set():
+                self.counts.stopped = True
+                break
+            frame.pts = pts
+            self.counts.add(frame)
+            yield frame
+        else:
+            self.counts.complete = True
+
+    def _read(self, time_base: Fraction, start: Fraction | None) -> Iterator[Frame]:
+        """Yield every frame from `start` seconds on, or from a key frame before it."""
+        hardware = self.device != CPU and not self._why_software
+        last: int | None = None
+        try:
+            for frame in self._read_by(hardware, time_base, start):
+                last = frame.pts
+                yield frame
+        except _NotInHardware as error:
+            self._why_software = str(error)
+        else:
+            return
+        # The rest is decoded on the CPU; what was given already is passed over.
+        again = start if last is None else max(last * time_base, start or last * time_base)
+        for frame in self._read_by(False, time_base, again):
+            if last is None or frame.pts > last:
+                yield frame
+
+    def _read_by(
+        self, hardware: bool, time_base: Fraction, start: Fraction | None
+    ) -> Iterator[Frame]:
+        assert self.info is not None
+        accelerator = None
+        if hardware:
+            accelerator = nvdec.hardware(self.device)
+        with open_input(self.path, accelerator) as container:
             stream = pick_video(container, self.path, self.info.video_index)
             for other in container.streams:
                 if other.index != stream.index:
                     other.discard = av.stream.Discard.all
             stream.codec_context.thread_type = "AUTO"
-            stream.codec_context.thread_count = self.threads
-            time_base = fraction(stream.time_base) or Fraction(1, 1000)
-            if self.start_s:
-                assert start is not None
+            stream.codec_context.thread_count = 1 if hardware else self.threads
+            if start:
                 _seek(container, stream, start)
-            reader = _Reader(self, time_base, self.info.video.color)
-            clock = _Clock(self.counts, time_base, self.info.video.rate)
-            for frame in self._all(container, stream, reader):
-                pts = clock.next(frame.pts if frame.pts != _NO_PTS else None, frame.duration)
-                time = pts * time_base
-                if start is not None and time < start:
-                    continue
-                if end is not None and time >= end:
-                    break
-                if self._stop.is_set():
-                    self.counts.stopped = True
-                    break
-                frame.pts = pts
-                self.counts.add(frame)
-                yield frame
-            else:
-                self.counts.complete = True
+            reader = _Reader(self, time_base, self.info.video.color, self._outlet)
+            yield from self._all(container, stream, reader)
 
     def _all(
         self,
@@ -202,6 +286,8 @@ class Decode(Source):
             except av.error.FFmpegError:
                 self.counts.corrupt_packets += 1
                 continue
+            except RuntimeError as error:  # PyAV found no surface to give
+                raise _NotInHardware(str(error)) from None
             for picture in decoded:
                 yield from reader.take(picture)
         yield from reader.flush()
@@ -221,10 +307,12 @@ class Decode(Source):
         damaged = counts.corrupt_packets or counts.damaged_frames or counts.read_errors
         return {
             "summary": f"{stream.codec} {info.video.width}x{info.video.height}"
+            + (f" on {self._decoder()}" if self.device != CPU else "")
             + (", deinterlaced" if counts.deinterlaced else ""),
             "notes": self._notes(lost_s, bool(damaged)),
             "path": str(self.path),
             "decoder": stream.codec,
+            "decoded_on": self._decoder(),
             "frames": counts.frames,
             "declared_frames": stream.frames or None,
             "first_pts": counts.first_pts,
@@ -245,9 +333,14 @@ class Decode(Source):
             "changes": counts.changes,
         }
 
+    def _decoder(self) -> str:
+        return "cpu" if self.device == CPU or self._why_software else f"NVDEC of {self.device}"
+
     def _notes(self, lost_s: float, damaged: bool) -> list[str]:
         """Return what the user should know of the input, a line each."""
         counts, notes = self.counts, []
+        if self._why_software:
+            notes.append(f"'{self.path}' was decoded on the CPU: {self._why_software}")
         if damaged or lost_s:
             notes.append(
                 f"'{self.path}' is damaged: {counts.corrupt_packets} corrupt packets, "
@@ -358,11 +451,25 @@ class _Clock:
         return pts
 
 
-class _Reader:
-    """Turns decoded pictures into frames: deinterlaced, in a link format, with a spec."""
+class _NotInHardware(Exception):
+    """NVDEC cannot go on with a file; says why."""
 
-    def __init__(self, source: Decode, time_base: Fraction, color: Color) -> None:
+
+class _Reader:
+    """Turns decoded pictures into frames: deinterlaced, in a link format, with a spec.
+
+    Args:
+        source: what is read.
+        time_base: seconds per tick.
+        color: of the stream's first picture.
+        outlet: brings frames to a GPU; None leaves them in host memory.
+    """
+
+    def __init__(
+        self, source: Decode, time_base: Fraction, color: Color, outlet: nvdec.Outlet | None = None
+    ) -> None:
         self._source = source
+        self._outlet = outlet
         self._time_base = time_base
         self._color = color
         self._graph: _Deinterlacer | None = None
@@ -377,6 +484,8 @@ class _Reader:
             self._source.counts.damaged_frames += 1
         if picture.pts is None:
             picture.pts = picture.dts
+        if picture.format.name == "cuda" and self._wanted(picture):
+            raise _NotInHardware("its pictures are deinterlaced there")
         if self._graph is not None and not self._graph.takes(picture):
             yield from self.flush()
         if self._graph is None and self._wanted(picture):
@@ -404,14 +513,20 @@ class _Reader:
 
     def _frame(self, picture: av.VideoFrame) -> Frame:
         spec = self._spec_of(picture)
+        on_gpu = picture.format.name == "cuda"
         if self._converter is not None:
             picture = _with_props(self._converter(picture, spec.resolved_color()), picture)
-        return Frame(
-            planes_of(picture, self._format),
+        frame = Frame(
+            () if on_gpu else planes_of(picture, self._format),
             spec,
             _NO_PTS if picture.pts is None else picture.pts,
             picture.duration or None,
             side_data=_carrier(picture),
+        )
+        if self._outlet is None:
+            return frame
+        return (
+            self._outlet.from_surface(picture, frame) if on_gpu else self._outlet.from_host(frame)
         )
 
     def _spec_of(self, picture: av.VideoFrame) -> FrameSpec:
@@ -430,7 +545,7 @@ class _Reader:
         self._key = key
         info = self._source.info
         assert info is not None
-        format, same = nearest_format(picture.format.name, "alpha" in self._source.drop)
+        format, same = self._link_format(picture)
         self._format = format
         self._converter = (
             None if same else Converter(picture.width, picture.height, format.name, threads=1)
@@ -442,8 +557,26 @@ class _Reader:
             color=_link_color(picture, self._color, format),
             time_base=self._time_base,
             rate=info.video.rate if info.video.rate_mode == "constant" else None,
+            device=self._source.device if picture.format.name == "cuda" else CPU,
         )
         return self._spec
+
+    def _link_format(self, picture: av.VideoFrame) -> tuple[PixelFormat, bool]:
+        """Return the format of the link, and whether the picture is in it."""
+        if picture.format.name == "cuda":
+            format = nvdec.surface_format(picture)
+            if format is None:
+                raise _NotInHardware("NVDEC gives a format that is not carried")
+            return format, True
+        format, same = nearest_format(picture.format.name, "alpha" in self._source.drop)
+        wanted = format if self._outlet is None else self._outlet.format
+        # What NVDEC has begun, the CPU goes on with, in the same format.
+        if wanted != format and (wanted.bits, wanted.subsampling) == (
+            format.bits,
+            format.subsampling,
+        ):
+            return wanted, False
+        return format, same
 
 
 def _link_color(picture: av.VideoFrame, first: Color, format: PixelFormat) -> Color:

@@ -233,20 +233,24 @@ def probe_first_frame(
 
 
 @contextmanager
-def open_input(path: Path) -> Iterator[av.container.InputContainer]:
+def open_input(path: Path, hwaccel: Any = None) -> Iterator[av.container.InputContainer]:
     """Open a file for reading.
+
+    Args:
+        path: the file.
+        hwaccel: PyAV's `HWAccel` for its decoders, or None.
 
     Raises:
         MediaError: it is not there, not readable or not media.
     """
-    container = _open_checked(path)
+    container = _open_checked(path, hwaccel)
     try:
         yield container
     finally:
         container.close()
 
 
-def _open_checked(path: Path) -> av.container.InputContainer:
+def _open_checked(path: Path, hwaccel: Any = None) -> av.container.InputContainer:
     try:
         if path.is_dir():
             raise MediaError(f"'{path}' is a directory, expected a video file")
@@ -263,7 +267,7 @@ def _open_checked(path: Path) -> av.container.InputContainer:
         raise MediaError(f"'{path}' cannot be read: {error.strerror or error}") from error
     try:
         # The prefix keeps names such as "a:b.mp4" from being taken as a protocol.
-        return av.open(f"file:{path}")
+        return av.open(f"file:{path}", hwaccel=hwaccel)
     except av.error.InvalidDataError:
         hint = "Expected a video file that FFmpeg can read"
         if _index_is_cut_off(path):

@@ -37,6 +37,7 @@ from vidpipe.frame import FrameSpec
 from vidpipe.model import color
 from vidpipe.model.color import Filter, Quantizer
 from vidpipe.model.descriptor import Descriptor
+from vidpipe.model.precision import narrow_graph, widen_graph
 
 OPSET = 13
 """Oldest operator set that the nodes around the model are written for."""
@@ -103,7 +104,12 @@ def alignment(model: Descriptor, spec: FrameSpec) -> tuple[int, int]:
 
 
 def compile_model(
-    model: Descriptor, spec: FrameSpec, *, portable: bool = False, widen: bool = True
+    model: Descriptor,
+    spec: FrameSpec,
+    *,
+    portable: bool = False,
+    widen: bool = True,
+    half: bool = False,
 ) -> Compiled:
     """Compile the graph that takes frames of `spec`.
 
@@ -115,6 +121,7 @@ def compile_model(
             the CPU provider. The results are the same.
         widen: run float16 nodes in float32; the CPU provider has no float16 kernels and
             would convert before and after every node.
+        half: run the model's own float32 nodes in float16, where that is possible.
 
     Raises:
         ModelError: the file cannot be used.
@@ -128,6 +135,8 @@ def compile_model(
             f"model '{model.name}' takes {model.size[0]}x{model.size[1]} only, got {width}x{height}"
         )
     proto = load_static(model, width, height, widen=widen)
+    if half:
+        narrow_graph(proto.graph)
     builder = _Builder(model, spec, out, width, height, proto, portable)
     return builder.build()
 
@@ -161,38 +170,13 @@ def load_static(model: Descriptor, width: int, height: int, *, widen: bool) -> o
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     if widen:
-        _widen(graph)
+        widen_graph(graph)
     return proto
 
 
 def _nhwc(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
     n, c, h, w = shape
     return shape if layout == "NCHW" else (n, h, w, c)
-
-
-def _widen(graph: onnx.GraphProto) -> None:
-    """Turn every float16 constant, cast and boundary of a graph into float32."""
-    half, single = TensorProto.FLOAT16, TensorProto.FLOAT
-
-    def tensor(value: onnx.TensorProto) -> None:
-        if value.data_type == half:
-            array = numpy_helper.to_array(value).astype(np.float32)
-            value.CopyFrom(numpy_helper.from_array(array, value.name))
-
-    del graph.value_info[:]
-    for initializer in graph.initializer:
-        tensor(initializer)
-    for value in (*graph.input, *graph.output):
-        if value.type.tensor_type.elem_type == half:
-            value.type.tensor_type.elem_type = single
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.TENSOR:
-                tensor(attribute.t)
-            elif attribute.type == onnx.AttributeProto.GRAPH:
-                _widen(attribute.g)
-            elif attribute.name in ("to", "dtype") and attribute.i == half:
-                attribute.i = single
 
 
 class _Builder:
@@ -266,6 +250,7 @@ class _Builder:
         kept = []
         for value in graph.input:
             if value.name == self.model.strength:
+                self._keep_strength_float(value)
                 dims = value.type.tensor_type.shape.dim
                 strength_shape = tuple(d.dim_value or 1 for d in dims)
                 for dim in dims:
@@ -296,6 +281,21 @@ class _Builder:
             strength_shape,
             self.spec,
             self.out,
+        )
+
+    def _keep_strength_float(self, value: onnx.ValueInfoProto) -> None:
+        """Let callers give the strength as float32, whatever the model computes in."""
+        kind = value.type.tensor_type.elem_type
+        if kind == TensorProto.FLOAT:
+            return
+        inner = f"{_OURS}strength"
+        for node in self.proto.graph.node:
+            for i, name in enumerate(node.input):
+                if name == value.name:
+                    node.input[i] = inner
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+        self.before.append(
+            helper.make_node("Cast", [value.name], [inner], name=f"{_OURS}strength.Cast", to=kind)
         )
 
     # -- one kind of picture each ---------------------------------------------------------

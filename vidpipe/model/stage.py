@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from vidpipe.device import CPU, Ring, Stream
-from vidpipe.errors import DeviceError, ModelError, SpecError
+from vidpipe.device import CPU, Device, Ring, new_stream
+from vidpipe.errors import ModelError, SpecError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.model import tiling
-from vidpipe.model.compile import alignment, compile_model, output_spec
+from vidpipe.model.compile import Compiled, alignment, compile_model, output_spec
+from vidpipe.model.cuda import CudaSession, GraphUse
 from vidpipe.model.descriptor import Descriptor, describe, find_model
 from vidpipe.model.session import CpuSession, Session, default_threads
 from vidpipe.stage import Stage, register
@@ -32,8 +34,8 @@ class Model(Stage):
         model: name of a built-in model, or path of an ONNX file.
         strength: value of the model's strength input, from 0 (leave the picture alone) to 1
             in the built-in models; 1 if not given. May be changed by `set_strength`.
-        device: "auto" or "cpu".
-        threads: threads of one operator; 0 for as many as there are processors.
+        device: "cpu", "cuda" or "cuda:N"; "auto" is where the frames are.
+        threads: threads of one operator on the CPU; 0 for as many as there are processors.
         tile: "auto" (only when memory is short), "off", or the size of the tiles in input
             pixels such as "640x360", overlap included.
         memory_limit: memory that the model may take, such as "2G"; half of what is free if
@@ -50,10 +52,6 @@ class Model(Stage):
         tile: str = "auto",
         memory_limit: str | None = None,
     ) -> None:
-        if device not in ("auto", "cpu"):
-            raise DeviceError(
-                f"device '{device}' cannot run models in this version", hint="Use auto or cpu"
-            )
         if strength is not None and not math.isfinite(strength):
             raise SpecError(f"strength is {strength}, expected a number")
         if threads < 0:
@@ -61,6 +59,7 @@ class Model(Stage):
         self.model = model
         self.strength = strength
         self.device = device
+        self._placed = None if device == "auto" else Device.parse(device)
         self.threads = threads
         self.tile = tile
         self.memory_limit = memory_limit
@@ -71,14 +70,15 @@ class Model(Stage):
         self._out: FrameSpec | None = None
         self._session: Session | None = None
         self._ring: Ring | None = None
-        self._stream: Stream | None = None
+        self._stream: Any = None
         self._bound: set[int] = set()
         self._layout: tiling.Layout | None = None
         self._nodes: dict[str, int] = {}
         self._threads = threads
         self._frames = 0
         self._grown = 0
-        self._changes: list[float] = []
+        self._changes: list[Any] = []
+        self._graph_use: GraphUse | None = None
 
     @property
     def descriptor(self) -> Descriptor:
@@ -97,6 +97,10 @@ class Model(Stage):
             self._descriptor = descriptor
         return self._descriptor
 
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Return the device that the model runs on."""
+        return self._placed or spec.device
+
     def plan(self, spec: FrameSpec) -> FrameSpec:
         """Return the enlarged spec; format, time base and rate stay.
 
@@ -107,8 +111,6 @@ class Model(Stage):
             ModelError: the model cannot be used.
             SpecError: it cannot take such frames.
         """
-        if spec.device != CPU:
-            raise SpecError(f"the model runs on the CPU, the frames are on {spec.device}")
         out = output_spec(self.descriptor, spec)
         self._plan_tiles(spec)
         self._spec, self._out = spec, out
@@ -117,31 +119,51 @@ class Model(Stage):
     def open(self) -> None:
         """Compile the graph, load it and allocate the ring.
 
-        Nothing is run: on the CPU a first run is no slower than the next.
+        On a GPU every slot is run once and its CUDA graph captured. On the CPU nothing is
+        run: a first run there is no slower than the next.
 
         Raises:
             ModelError: ONNX Runtime cannot load the graph.
             SpecError: the memory limit is too small even for tiles.
+            DeviceError: the device is not there, or its memory does not suffice.
         """
         assert self._spec is not None
         assert self._out is not None
         spec, out, model = self._spec, self._out, self.descriptor
+        on_gpu = spec.device != CPU
         layout = self._plan_tiles(spec)
-        compiled = compile_model(model, tiling.tile_spec(spec, layout) if layout else spec)
+        compiled = self._compile(tiling.tile_spec(spec, layout) if layout else spec)
         if layout is None and self.tile == "auto":
-            layout = tiling.choose(model, compiled, self._limit or tiling.available_bytes())
+            limit = self._limit or tiling.available_bytes(spec.device)
+            layout = tiling.choose(model, compiled, limit)
             if layout is not None:
-                compiled = compile_model(model, tiling.tile_spec(spec, layout))
+                compiled = self._compile(tiling.tile_spec(spec, layout))
         strength = DEFAULT_STRENGTH if self.strength is None else self.strength
-        session: Session = CpuSession(compiled, threads=self.threads, strength=strength)
-        self._threads = self.threads or default_threads()
-        if layout is not None:
-            session = tiling.TiledSession(session, compiled, layout, spec, out)
-        self._session, self._layout = session, layout
-        self._nodes = session.nodes_by_provider()
         shapes = [(shape, out.format.dtype) for shape in out.plane_shapes()]
         self._ring = Ring(shapes, self.ring_depth, out.device)
         self._bound.clear()
+        session: Session
+        if on_gpu:
+            self._stream = new_stream(spec.device)
+            session = gpu = CudaSession(
+                compiled, device=spec.device, stream=self._stream, strength=strength
+            )
+        else:
+            session = CpuSession(compiled, threads=self.threads, strength=strength)
+            self._threads = self.threads or default_threads()
+        if layout is not None:
+            session = tiling.TiledSession(session, compiled, layout, spec, out, stream=self._stream)
+        self._session, self._layout = session, layout
+        self._nodes = session.nodes_by_provider()
+        if on_gpu:
+            for slot in self._ring.slots:
+                self._bind(slot.index, slot.buffers)
+            self._graph_use = gpu.prepare()
+
+    def _compile(self, spec: FrameSpec) -> Compiled:
+        if spec.device == CPU:
+            return compile_model(self.descriptor, spec)
+        return compile_model(self.descriptor, spec, portable=True, half=True, widen=False)
 
     def process(self, frame: Frame) -> Iterable[Frame]:
         """Give the model's picture of one frame, in a slot of the ring."""
@@ -158,10 +180,18 @@ class Model(Stage):
         if self._stream is not None:
             frame.read_by(self._stream)
         result = frame.replace(planes, self._out, slot=slot, ready=event)
-        if event is None and self._frames % _SAMPLED_FRAMES == 0:
-            self._changes.append(mean_change(frame.planes[0], planes[0], self._out))
+        if self._frames % _SAMPLED_FRAMES == 0:
+            self._sample(frame.planes[0], planes[0])
         self._frames += 1
         return (result,)
+
+    def _sample(self, before: Array, after: Array) -> None:
+        assert self._out is not None
+        if self._stream is None:
+            self._changes.append(mean_change(before, after, self._out))
+            return
+        with self._stream:  # stays on the device until the run is over
+            self._changes.append(mean_change(before, after, self._out))
 
     def set_strength(self, value: float) -> None:
         """Change the strength from the next frame on. May be called from any thread.
@@ -180,6 +210,7 @@ class Model(Stage):
         session, self._session = self._session, None
         if session is not None:
             session.close()
+        self._changes = [float(change) for change in self._changes]
         if self._ring is not None:
             self._grown += self._ring.grown
         self._ring = None
@@ -199,13 +230,15 @@ class Model(Stage):
             "model": model.name if model else self.model,
             "scale": model.scale if model else None,
             "frames": self._frames,
-            "device": "cpu",
+            "device": str(self._spec.device if self._spec else CPU),
             "threads": self._threads,
             "nodes": dict(self._nodes),
             "tiles": str(self._layout) if self._layout else None,
             "ring_grown": self._grown,
             "mean_change": float(np.mean(self._changes)) if self._changes else None,
         }
+        if self._graph_use is not None:
+            facts["cuda_graph"] = asdict(self._graph_use)
         if model is not None and model.strength is not None:
             facts["strength"] = DEFAULT_STRENGTH if self.strength is None else self.strength
         return {"summary": _summary(facts), **facts}
@@ -232,21 +265,27 @@ def _summary(facts: dict[str, Any]) -> str:
     text = f"{facts['model']}: {nodes or 'not run'}"
     if facts["tiles"]:
         text += f"; tiles: {facts['tiles']}"
+    graph = facts.get("cuda_graph")
+    if graph is not None:
+        text += "; CUDA graphs" if graph["used"] else f"; no CUDA graphs: {graph['reason']}"
     if facts["mean_change"] is not None:
         text += f"; changed the picture by {facts['mean_change']:.2f} code values on average"
     return text
 
 
-def mean_change(before: Array, after: Array, out: FrameSpec) -> float:
+def mean_change(before: Array, after: Array, out: FrameSpec) -> Any:
     """Return how much a model changed the first plane, in 8-bit code values.
 
     The mean absolute difference between the input and the output averaged down to the
     input's size, on every 8th row.
 
     Args:
-        before: shape (h, w), uint8 or uint16, on the CPU.
+        before: shape (h, w), uint8 or uint16, NumPy or CuPy.
         after: shape (h * s, w * s), likewise.
         out: spec of `after`.
+
+    Returns:
+        A number, on the arrays' device.
     """
     height, width = before.shape
     scale = after.shape[0] // height
@@ -256,4 +295,4 @@ def mean_change(before: Array, after: Array, out: FrameSpec) -> float:
         for x in range(scale):
             total += rows[:, y, :, x]
     unit = scale**2 * (1 << (out.format.bits - 8 + out.format.shift))
-    return float(np.abs(total).mean() / unit)
+    return abs(total).mean() / unit

@@ -13,13 +13,14 @@ and whole size multiples of the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
-from vidpipe.device import Event, Stream
+from vidpipe.device import CPU, Device, Event, Stream, import_cupy
 from vidpipe.errors import SpecError
 from vidpipe.frame import Array, FrameSpec
 from vidpipe.model.compile import Compiled, alignment
@@ -219,17 +220,26 @@ class TiledSession:
         layout: the tiles.
         spec: of the whole picture.
         out: what comes out of it.
+        stream: what the copies are queued on; None on the CPU.
     """
 
     def __init__(
-        self, session: Session, compiled: Compiled, layout: Layout, spec: FrameSpec, out: FrameSpec
+        self,
+        session: Session,
+        compiled: Compiled,
+        layout: Layout,
+        spec: FrameSpec,
+        out: FrameSpec,
+        stream: Any = None,
     ) -> None:
+        empty = np.empty if spec.device == CPU else import_cupy(spec.device).empty
+        self._stream = nullcontext() if stream is None else stream
         self._session = session
         self._layout = layout
         self._spec = spec
         self._scale = out.width // spec.width
-        self._inputs = [np.empty(t.plane_shape, t.dtype) for t in compiled.inputs]
-        self._outputs = [np.empty(t.plane_shape, t.dtype) for t in compiled.outputs]
+        self._inputs = [empty(t.plane_shape, t.dtype) for t in compiled.inputs]
+        self._outputs = [empty(t.plane_shape, t.dtype) for t in compiled.outputs]
         session.bind(0, self._outputs)
         self._slots: dict[int, Sequence[Array]] = {}
 
@@ -243,12 +253,14 @@ class TiledSession:
         event = None
         for row in self._layout.rows:
             for column in self._layout.columns:
-                for i, plane in enumerate(inputs):
-                    self._cut(i, plane, column, row)
+                with self._stream:
+                    for i, plane in enumerate(inputs):
+                        self._cut(i, plane, column, row)
                 event = self._session.run(0, self._inputs, stream)
-                for i, plane in enumerate(results):
-                    self._paste(i, plane, column, row)
-        return event
+                with self._stream:
+                    for i, plane in enumerate(results):
+                        self._paste(i, plane, column, row)
+        return event if stream is None else stream.record()
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""
@@ -341,8 +353,10 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def available_bytes() -> int:
+def available_bytes(device: Device = CPU) -> int:
     """Return half of the memory that is free for new work; the rest is left to the codecs."""
+    if device != CPU:
+        return int(import_cupy(device).cuda.runtime.memGetInfo()[0]) // 2
     import psutil
 
     free: Any = psutil.virtual_memory().available

@@ -1,0 +1,159 @@
+"""Pictures from NVDEC, the GPU's decoder, as CuPy arrays.
+
+FFmpeg decodes on CUDA's legacy default stream and no other can be set. So each picture is
+copied on the device into a ring of ours, by a stream that first waits for the legacy one;
+and the legacy stream waits for that copy before it may decode into the same surface again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import av
+import av.error
+from av.codec.hwaccel import HWAccel
+
+from vidpipe.device import CPU, Device, Ring, import_cupy, new_stream
+from vidpipe.frame import PIXEL_FORMATS, Frame, FrameSpec, PixelFormat
+from vidpipe.transfer import Mover
+
+SURFACE_FORMATS = {"nv12": PIXEL_FORMATS["nv12"], "p010le": PIXEL_FORMATS["p010le"]}
+"""Formats of decoded surfaces that links can carry, by FFmpeg's name."""
+
+
+def hardware(device: Device) -> HWAccel:
+    """Return what makes `av.open` decode on a GPU, in the calling thread's CUDA context.
+
+    Raises:
+        MissingExtraError, DeviceError: there is no CuPy, or no such device.
+    """
+    cupy = import_cupy(device)
+    cupy.cuda.runtime.free(0)  # makes the context, which FFmpeg takes as the current one
+    return HWAccel(
+        "cuda",
+        allow_software_fallback=False,
+        is_hw_owned=True,
+        options={"primary_ctx": "0", "current_ctx": "1"},
+    )
+
+
+def surface_format(picture: av.VideoFrame) -> PixelFormat | None:
+    """Return how the samples of a decoded surface lie, or None if links do not carry it."""
+    if picture.format.name != "cuda":
+        return None
+    return SURFACE_FORMATS.get(picture.sw_format.name if picture.sw_format else "")
+
+
+class Surfaces:
+    """Copies decoded surfaces into a ring.
+
+    Args:
+        spec: of the frames, on the GPU.
+        depth: slots of the ring.
+
+    Raises:
+        DeviceError: the device is not there, or its memory does not suffice.
+    """
+
+    def __init__(self, spec: FrameSpec, depth: int) -> None:
+        self._cupy = import_cupy(spec.device)
+        self._spec = spec
+        self._stream = new_stream(spec.device)
+        self._legacy = self._cupy.cuda.Stream.null
+        shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
+        self.ring = Ring(shapes, depth, spec.device)
+
+    def frame(self, picture: av.VideoFrame, like: Frame) -> Frame:
+        """Return a frame of the ring that shows a surface.
+
+        Args:
+            picture: a surface in `spec`'s size and format.
+            like: gives the time and side data.
+        """
+        cupy, stream = self._cupy, self._stream
+        runtime = cupy.cuda.runtime
+        slot, planes = self.ring.lease()
+        stream.wait_event(self._legacy.record())
+        slot.write_by(stream)
+        plane: Any
+        for plane, target in zip(picture.planes, planes, strict=True):
+            source = cupy.from_dlpack(plane.__dlpack__())
+            row = target.strides[0]
+            runtime.memcpy2DAsync(
+                target.data.ptr,
+                row,
+                source.data.ptr,
+                source.strides[0],
+                row,
+                target.shape[0],
+                runtime.memcpyDeviceToDevice,
+                stream.ptr,
+            )
+        ready = stream.record()
+        self._legacy.wait_event(ready)
+        return like.replace(planes, self._spec, slot=slot, ready=ready)
+
+    def close(self) -> None:
+        """Wait until the last surface is copied."""
+        self._stream.synchronize()
+
+
+class Outlet:
+    """Brings pictures to the GPU: surfaces by a copy there, others by an upload.
+
+    Args:
+        spec: of the first frame, on the GPU.
+        depth: slots of the ring.
+        hardware: whether surfaces come first.
+
+    Raises:
+        DeviceError: the device is not there, or its memory does not suffice.
+    """
+
+    def __init__(self, spec: FrameSpec, depth: int, hardware: bool) -> None:
+        self.format = spec.format
+        self._depth = depth
+        self._surfaces: Surfaces | None = None
+        self._mover: Mover | None = None
+        self._make(spec, hardware)
+
+    def _make(self, spec: FrameSpec, hardware: bool) -> None:
+        self.close()
+        self.spec = spec
+        if hardware:
+            self._surfaces = Surfaces(spec, self._depth)
+        else:
+            self._mover = Mover(replace(spec, device=CPU), spec.device, self._depth)
+
+    def from_surface(self, picture: av.VideoFrame, frame: Frame) -> Frame:
+        """Return the frame with the planes of a surface; `frame` has everything else."""
+        if self._surfaces is None or frame.spec != self.spec:
+            self._make(frame.spec, True)
+        assert self._surfaces is not None
+        return self._surfaces.frame(picture, frame)
+
+    def from_host(self, frame: Frame) -> Frame:
+        """Return the frame uploaded."""
+        spec = replace(frame.spec, device=self.spec.device)
+        if self._mover is None or spec != self.spec:
+            self._make(spec, False)
+        assert self._mover is not None
+        return self._mover.move(frame)
+
+    def close(self) -> None:
+        """Let go of the rings."""
+        if self._surfaces is not None:
+            self._surfaces.close()
+        self._surfaces = None
+        self._mover = None
+
+
+def why_not(error: Exception) -> str:
+    """Return in a few words why a file cannot be decoded on the GPU."""
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+DECODE_ERRORS = (av.error.FFmpegError, RuntimeError, NotImplementedError, ValueError)
+"""What PyAV raises where a codec, profile or size is beyond the chip."""

@@ -1,0 +1,353 @@
+"""Sessions on CuPy arrays: ONNX Runtime on an NVIDIA GPU, on a stream of our own.
+
+The input planes are copied on the device into buffers that never move, and each ring slot's
+output planes are bound once. So one CUDA graph can be captured for each slot, all before the
+first frame, and a frame costs a copy and a replay. Nothing here waits for the GPU while
+frames flow; on the first real frame alone, the replay is compared with a run without a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vidpipe.device import Device, Event, Stream, import_cupy
+from vidpipe.errors import DeviceError, ModelError
+from vidpipe.frame import Array
+from vidpipe.model.compile import Compiled
+from vidpipe.model.session import first_line, import_onnxruntime
+
+_EAGER = "-1"
+_TIMED_RUNS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class GraphUse:
+    """What became of a session's CUDA graphs.
+
+    Attributes:
+        used: whether frames are replayed.
+        reason: why not, or "".
+        eager_ms, replay_ms: median time of a run at start, or None.
+    """
+
+    used: bool
+    reason: str = ""
+    eager_ms: float | None = None
+    replay_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProvider:
+    """How an execution provider that works on CUDA memory is asked for.
+
+    Attributes:
+        name: as ONNX Runtime calls it.
+        options: its options; the stream and the graph are added.
+        graph_option: option that switches CUDA graphs on.
+        graph_id: run option that names a slot's graph.
+    """
+
+    name: str = "CUDAExecutionProvider"
+    options: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "prefer_nhwc": "1",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+            "cudnn_conv_use_max_workspace": "1",
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+    )
+    graph_option: str = "enable_cuda_graph"
+    graph_id: str = "gpu_graph_id"
+
+
+class CudaSession:
+    """A compiled graph on an NVIDIA GPU; a `Session` for CuPy arrays.
+
+    Args:
+        compiled: the graph.
+        device: the GPU. The calling thread is the one that will run it.
+        stream: the stream that every run is queued on.
+        provider: which execution provider, and how.
+        strength: first value of the strength input, where the model has one.
+        graph: capture and replay CUDA graphs, where that proves equal and no slower.
+        memory_bytes: the most that the provider may allocate; None for all there is.
+
+    Raises:
+        MissingExtraError: ONNX Runtime or CuPy is not installed.
+        ModelError: ONNX Runtime cannot run the graph.
+        DeviceError: a part of the graph would not run on the GPU, or it is out of memory.
+    """
+
+    def __init__(
+        self,
+        compiled: Compiled,
+        *,
+        device: Device,
+        stream: Any,
+        provider: GpuProvider | None = None,
+        strength: float | None = None,
+        graph: bool = True,
+        memory_bytes: int | None = None,
+    ) -> None:
+        provider = provider or GpuProvider()
+        self._ort = ort = import_onnxruntime()
+        self._cupy = cupy = import_cupy(device)
+        self.compiled = compiled
+        self.device = device
+        self._stream = stream
+        self._provider = provider
+        self.graph = GraphUse(graph, "" if graph else "switched off")
+        if provider.name not in ort.get_available_providers():
+            raise DeviceError(
+                f"ONNX Runtime {ort.__version__} here has no {provider.name}",
+                hint="Install it with: pip install 'vidpipe[cuda13]'",
+            )
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        provider_options = {
+            **provider.options,
+            "device_id": str(device.index),
+            "user_compute_stream": str(stream.ptr),
+            provider.graph_option: str(int(graph)),
+        }
+        if memory_bytes is not None:
+            provider_options["gpu_mem_limit"] = str(memory_bytes)
+        try:
+            self._session = ort.InferenceSession(
+                compiled.proto.SerializeToString(),
+                options,
+                providers=[(provider.name, provider_options)],
+                enable_fallback=0,
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise _error(error, device) from None
+        used = self._session.get_providers()
+        if provider.name not in used:
+            raise DeviceError(
+                f"asked for {provider.name}, got {', '.join(used)}",
+                hint="See vidpipe doctor, or use --device cpu",
+            )
+        with stream:
+            self._inputs = [cupy.zeros(t.plane_shape, t.dtype) for t in compiled.inputs]
+            self._strength = cupy.zeros(compiled.strength_shape or (1,), np.float32)
+        self._pending_strength = strength
+        self._bindings: dict[int, Any] = {}
+        self._outputs: dict[int, Sequence[Array]] = {}
+        self._captured: set[int] = set()
+        self._verified = False
+        self._eager_options = self._run_options(_EAGER)
+        self._options: dict[int, Any] = {}
+
+    def _run_options(self, graph_id: str) -> Any:
+        options = self._ort.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.graph.used:
+            options.add_run_config_entry(self._provider.graph_id, graph_id)
+        return options
+
+    def bind(self, slot: int, outputs: Sequence[Array]) -> None:
+        """See `Session.bind`."""
+        binding = self._session.io_binding()
+        index = self.device.index
+        for tensor, plane in zip(self.compiled.outputs, outputs, strict=True):
+            assert plane.shape == tensor.plane_shape, (plane.shape, tensor.plane_shape)
+            assert plane.dtype == tensor.dtype, (plane.dtype, tensor.dtype)
+            assert plane.flags.c_contiguous
+            binding.bind_output(
+                tensor.name, "cuda", index, tensor.dtype, tensor.shape, plane.data.ptr
+            )
+        for tensor, buffer in zip(self.compiled.inputs, self._inputs, strict=True):
+            binding.bind_input(
+                tensor.name, "cuda", index, tensor.dtype, tensor.shape, buffer.data.ptr
+            )
+        if self.compiled.strength is not None:
+            value = self._strength
+            binding.bind_input(
+                self.compiled.strength,
+                "cuda",
+                index,
+                value.dtype,
+                self.compiled.strength_shape,
+                value.data.ptr,
+            )
+        self._bindings[slot] = binding
+        self._outputs[slot] = outputs
+
+    def prepare(self) -> GraphUse:
+        """Run every bound slot once, capture its graph, and see that the graphs are worth it.
+
+        To be called before the first frame, by the thread that will call `run`, with
+        `vidpipe.device.setup_lock` held.
+
+        Returns:
+            Whether frames will be replayed.
+
+        Raises:
+            ModelError, DeviceError: the graph does not run.
+        """
+        cupy, stream = self._cupy, self._stream
+        with stream:
+            self._fill_inputs()
+            self._apply_strength()
+        slots = sorted(self._bindings)
+        for slot in slots:
+            self._launch(slot, self._eager_options)
+        stream.synchronize()
+        if not self.graph.used:
+            return self.graph
+        for slot in slots:
+            with stream:
+                expected = [plane.copy() for plane in self._outputs[slot]]
+                for plane in self._outputs[slot]:
+                    plane.fill(0)
+            self._options[slot] = self._run_options(str(slot + 1))
+            try:
+                self._launch(slot, self._options[slot])
+                self._launch(slot, self._options[slot])
+                stream.synchronize()
+            except (ModelError, DeviceError) as error:
+                return self._without_graph(f"capture failed: {error.message}")
+            self._captured.add(slot)
+            if not self._equal(expected, self._outputs[slot]):
+                return self._without_graph("the replay differs from the run without a graph")
+        eager_ms, replay_ms = self._timings(slots[0])
+        self.graph = GraphUse(True, "", eager_ms, replay_ms)
+        if replay_ms > eager_ms:
+            return self._without_graph("the replay is slower")
+        # Scratch memory of the comparison goes back before the frames begin.
+        cupy.get_default_memory_pool().free_all_blocks()
+        return self.graph
+
+    def _fill_inputs(self) -> None:
+        """Write a picture with detail in it, the same at every start."""
+        random = np.random.default_rng(0)
+        for tensor, buffer in zip(self.compiled.inputs, self._inputs, strict=True):
+            top = np.iinfo(tensor.dtype).max
+            codes = random.integers(0, top, tensor.plane_shape, tensor.dtype, endpoint=True)
+            buffer.set(codes, stream=self._stream)
+
+    def _timings(self, slot: int) -> tuple[float, float]:
+        """Return the median time of a run without and with its graph, in ms."""
+        cupy, stream = self._cupy, self._stream
+        results = []
+        for options in (self._eager_options, self._options[slot]):
+            times = []
+            for _ in range(_TIMED_RUNS):
+                begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+                begin.record(stream)
+                self._launch(slot, options)
+                end.record(stream)
+                end.synchronize()
+                times.append(cupy.cuda.get_elapsed_time(begin, end))
+            results.append(float(np.median(times)))
+        return results[0], results[1]
+
+    def _without_graph(self, reason: str) -> GraphUse:
+        self._options.clear()
+        self.graph = GraphUse(False, reason, self.graph.eager_ms, self.graph.replay_ms)
+        return self.graph
+
+    def run(self, slot: int, inputs: Sequence[Array], stream: Stream | None = None) -> Event | None:
+        """See `Session.run`; `stream` is the one the session was made with."""
+        assert stream is self._stream
+        queue: Any = self._stream
+        for plane, buffer in zip(inputs, self._inputs, strict=True):
+            _copy(self._cupy, plane, buffer, queue)
+        self._apply_strength()
+        if not self._verified:
+            self._verify(slot)
+        self._launch(slot, self._options.get(slot, self._eager_options))
+        event: Event = queue.record()
+        return event
+
+    def _verify(self, slot: int) -> None:
+        """Compare a slot's replay with a run without a graph, on the frame that is there."""
+        self._verified = True
+        if slot not in self._options:
+            return
+        self._launch(slot, self._eager_options)
+        with self._stream:
+            expected = [plane.copy() for plane in self._outputs[slot]]
+        self._launch(slot, self._options[slot])
+        if not self._equal(expected, self._outputs[slot]):
+            self._without_graph("the replay differs from the run without a graph")
+
+    def _equal(self, first: Sequence[Array], second: Sequence[Array]) -> bool:
+        with self._stream:
+            return all(
+                bool(self._cupy.array_equal(a, b)) for a, b in zip(first, second, strict=True)
+            )
+
+    def _launch(self, slot: int, options: Any) -> None:
+        try:
+            self._session.run_with_iobinding(self._bindings[slot], options)
+        except Exception as error:  # see above
+            raise _error(error, self.device) from None
+
+    def _apply_strength(self) -> None:
+        value, self._pending_strength = self._pending_strength, None
+        if value is not None:
+            with self._stream:
+                self._strength.fill(value)
+
+    def set_strength(self, value: float) -> None:
+        """See `Session.set_strength`."""
+        self._pending_strength = value
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """See `Session.nodes_by_provider`."""
+        counts: dict[str, int] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+        return counts
+
+    def close(self) -> None:
+        """See `Session.close`; waits for what is queued."""
+        if self._session is not None:
+            self._stream.synchronize()
+        self._bindings.clear()
+        self._outputs.clear()
+        self._options.clear()
+        self._session = None
+
+
+def _copy(cupy: Any, source: Array, target: Array, stream: Any) -> None:
+    """Queue a copy of a plane, of any row pitch, into a contiguous one."""
+    runtime = cupy.cuda.runtime
+    row = target.strides[0]
+    if source.ndim == 0 or not source[0].flags.c_contiguous:
+        with stream:
+            target[...] = source
+        return
+    runtime.memcpy2DAsync(
+        target.data.ptr,
+        row,
+        source.data.ptr,
+        source.strides[0],
+        row,
+        target.shape[0],
+        runtime.memcpyDeviceToDevice,
+        stream.ptr,
+    )
+
+
+def _error(error: Exception, device: Device) -> ModelError | DeviceError:
+    line = first_line(error)
+    text = str(error).lower()
+    if "out of memory" in text or "failed to allocate memory" in text:
+        return DeviceError(
+            f"{device} has too little free memory for the model",
+            hint="Use --vram-limit for tiles, a smaller model, or --device cpu",
+        )
+    if "disable_cpu_ep_fallback" in text or "explicitly disabled by the user" in text:
+        return DeviceError(
+            f"parts of the model cannot run on {device}: {line}",
+            hint="Use --device cpu, or a model without those operators",
+        )
+    return ModelError(f"ONNX Runtime cannot run the model on {device}: {line}")

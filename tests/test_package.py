@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "clock", "interrupts"},
     {"device"},
     {"frame"},
-    {"link", "stage", "transfer"},
+    {"function", "link", "stage", "transfer"},
     {"model", "media"},
     {"graph"},
     {"pipeline"},

@@ -8,6 +8,7 @@ so its events are None.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Sequence
@@ -83,21 +84,56 @@ def import_cupy(device: Device | None = None) -> Any:
     return cupy
 
 
+class HostWaits:
+    """Counts how often a host thread waited for a GPU, by the thread's name."""
+
+    def __init__(self) -> None:
+        self.by_thread: dict[str, int] = {}
+
+    def add(self) -> None:
+        """Count one wait of the calling thread."""
+        name = threading.current_thread().name
+        self.by_thread[name] = self.by_thread.get(name, 0) + 1
+
+    @property
+    def total(self) -> int:
+        """Waits of all threads."""
+        return sum(self.by_thread.values())
+
+
+host_waits = HostWaits()
+"""Waits for the streams of `new_stream` and their events, since the process began."""
+
+
+@functools.cache
+def _stream_class() -> type:
+    import cupy
+
+    class CountedEvent(cupy.cuda.Event):  # type: ignore[misc]
+        def synchronize(self) -> None:
+            host_waits.add()
+            super().synchronize()
+
+    class CountedStream(cupy.cuda.Stream):  # type: ignore[misc]
+        def record(self, event: Any = None) -> Any:
+            # Waiting for such an event does not spin, and it keeps no time.
+            return super().record(event or CountedEvent(block=True, disable_timing=True))
+
+        def synchronize(self) -> None:
+            host_waits.add()
+            super().synchronize()
+
+    return CountedStream
+
+
 def new_stream(device: Device) -> Any:
     """Return a `cupy.cuda.Stream` of its own, which does not wait for the legacy stream.
-
-    Its `record()` makes events that do not spin while a host thread waits for them.
 
     Raises:
         DeviceError: there is no such device.
     """
-    cupy = import_cupy(device)
-
-    class _Stream(cupy.cuda.Stream):  # type: ignore[misc,name-defined]
-        def record(self, event: Any = None) -> Any:
-            return super().record(event or cupy.cuda.Event(block=True, disable_timing=True))
-
-    return _Stream(non_blocking=True)
+    import_cupy(device)
+    return _stream_class()(non_blocking=True)
 
 
 class Event(Protocol):

@@ -126,6 +126,9 @@ class Sink(_Actor):
     capacity: int | None = None
     """Frames that the link before the sink holds; by default as many as the other links."""
 
+    holds: int = 0
+    """Frames whose planes the sink keeps beyond `write`, as far as known after `plan`."""
+
     def attach(self, source: Source) -> None:
         """Learn which source feeds this sink; called before `plan`."""
 
@@ -218,12 +221,14 @@ _BUILT_IN = {
     "decode": "vidpipe.media.decode:Decode",
     "encode": "vidpipe.media.encode:Encode",
     "enhance": "vidpipe.live.enhance:Enhance",
+    "function": "vidpipe.function:Function",
     "model": "vidpipe.model.stage:Model",
     "null": "vidpipe.stage:Null",
     "page": "vidpipe.live.page:Page",
     "record": "vidpipe.live.outputs:Record",
     "resize": "vidpipe.media.resize:Resize",
     "stream": "vidpipe.live.outputs:StreamOut",
+    "transfer": "vidpipe.transfer:Transfer",
     "virtual-camera": "vidpipe.live.virtualcam:VirtualCamera",
 }
 

@@ -76,6 +76,10 @@ class CudaSession:
         graph: capture and replay CUDA graphs, where that proves equal and no slower.
         memory_bytes: the most that the provider may allocate; None for all there is.
 
+    Attributes:
+        inputs: the arrays that every run reads, of `Compiled.inputs`, contiguous.
+        graph: what became of the CUDA graphs.
+
     Raises:
         MissingExtraError: ONNX Runtime or CuPy is not installed.
         ModelError: ONNX Runtime cannot run the graph.
@@ -134,7 +138,7 @@ class CudaSession:
                 hint="See vidpipe doctor, or use --device cpu",
             )
         with stream:
-            self._inputs = [cupy.zeros(t.plane_shape, t.dtype) for t in compiled.inputs]
+            self.inputs = [cupy.zeros(t.plane_shape, t.dtype) for t in compiled.inputs]
             self._strength = cupy.zeros(compiled.strength_shape or (1,), np.float32)
         self._pending_strength = strength
         self._bindings: dict[int, Any] = {}
@@ -162,7 +166,7 @@ class CudaSession:
             binding.bind_output(
                 tensor.name, "cuda", index, tensor.dtype, tensor.shape, plane.data.ptr
             )
-        for tensor, buffer in zip(self.compiled.inputs, self._inputs, strict=True):
+        for tensor, buffer in zip(self.compiled.inputs, self.inputs, strict=True):
             binding.bind_input(
                 tensor.name, "cuda", index, tensor.dtype, tensor.shape, buffer.data.ptr
             )
@@ -227,10 +231,13 @@ class CudaSession:
     def _fill_inputs(self) -> None:
         """Write a picture with detail in it, the same at every start."""
         random = np.random.default_rng(0)
-        for tensor, buffer in zip(self.compiled.inputs, self._inputs, strict=True):
-            top = np.iinfo(tensor.dtype).max
-            codes = random.integers(0, top, tensor.plane_shape, tensor.dtype, endpoint=True)
-            buffer.set(codes, stream=self._stream)
+        for tensor, buffer in zip(self.compiled.inputs, self.inputs, strict=True):
+            if tensor.dtype.kind == "f":
+                values = random.random(tensor.plane_shape, np.float32).astype(tensor.dtype)
+            else:
+                top = np.iinfo(tensor.dtype).max
+                values = random.integers(0, top, tensor.plane_shape, tensor.dtype, endpoint=True)
+            buffer.set(values, stream=self._stream)
 
     def _timings(self, slot: int) -> tuple[float, float]:
         """Return the median time of a run without and with its graph, in ms."""
@@ -257,14 +264,18 @@ class CudaSession:
         """See `Session.run`; `stream` is the one the session was made with."""
         assert stream is self._stream
         queue: Any = self._stream
-        for plane, buffer in zip(inputs, self._inputs, strict=True):
-            _copy(self._cupy, plane, buffer, queue)
+        for plane, buffer in zip(inputs, self.inputs, strict=True):
+            copy_plane(self._cupy, plane, buffer, queue)
+        self.launch(slot)
+        event: Event = queue.record()
+        return event
+
+    def launch(self, slot: int) -> None:
+        """Queue one run from what `inputs` hold then to a bound slot's planes."""
         self._apply_strength()
         if not self._verified:
             self._verify(slot)
         self._launch(slot, self._options.get(slot, self._eager_options))
-        event: Event = queue.record()
-        return event
 
     def _verify(self, slot: int) -> None:
         """Compare a slot's replay with a run without a graph, on the frame that is there."""
@@ -317,7 +328,7 @@ class CudaSession:
         self._session = None
 
 
-def _copy(cupy: Any, source: Array, target: Array, stream: Any) -> None:
+def copy_plane(cupy: Any, source: Array, target: Array, stream: Any) -> None:
     """Queue a copy of a plane, of any row pitch, into a contiguous one."""
     runtime = cupy.cuda.runtime
     row = target.strides[0]

@@ -14,8 +14,9 @@ from vidpipe.errors import ModelError, SpecError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.model import tiling
 from vidpipe.model.compile import Compiled, alignment, compile_model, output_spec
-from vidpipe.model.cuda import CudaSession, GraphUse
+from vidpipe.model.cuda import GraphUse
 from vidpipe.model.descriptor import Descriptor, describe, find_model
+from vidpipe.model.kernels import gpu_session
 from vidpipe.model.session import CpuSession, Session, default_threads
 from vidpipe.stage import Stage, register
 
@@ -145,9 +146,7 @@ class Model(Stage):
         session: Session
         if on_gpu:
             self._stream = new_stream(spec.device)
-            session = gpu = CudaSession(
-                compiled, device=spec.device, stream=self._stream, strength=strength
-            )
+            session = gpu = gpu_session(model, compiled, stream=self._stream, strength=strength)
         else:
             session = CpuSession(compiled, threads=self.threads, strength=strength)
             self._threads = self.threads or default_threads()

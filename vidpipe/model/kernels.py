@@ -1,0 +1,404 @@
+"""CUDA kernels that stand for the nodes around a luma model, and the session that uses them.
+
+ONNX Runtime runs the steps from code values to the model and back as a dozen passes over the
+enlarged picture. On a GPU three kernels do the same arithmetic in one pass each: luma in,
+luma out with the last DepthToSpace, and chroma beside it. The model between them is a graph
+of its own, with one fixed input and output, so one captured CUDA graph serves every slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from vidpipe.device import Event, Stream
+from vidpipe.frame import Array, FrameSpec
+from vidpipe.model import color
+from vidpipe.model.compile import Compiled, Tensor, alignment, load_static, output_spec
+from vidpipe.model.cuda import CudaSession, GpuProvider, GraphUse, copy_plane
+from vidpipe.model.descriptor import Descriptor
+from vidpipe.model.precision import narrow_graph
+
+_BLOCK = (32, 8)
+
+_SOURCE = r"""
+typedef {sample} sample_t;
+typedef {body} body_t;
+
+__device__ __forceinline__ float from_body(float v) {{ return v; }}
+__device__ __forceinline__ float from_body(unsigned short v) {{
+    float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v)); return f;
+}}
+__device__ __forceinline__ void to_body(float v, float* out) {{ *out = v; }}
+__device__ __forceinline__ void to_body(float v, unsigned short* out) {{
+    unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v)); *out = h;
+}}
+__device__ __forceinline__ sample_t code(float v) {{
+    v = rintf(fminf(fmaxf(v, 0.0f), {maximum}));
+    return (sample_t)__fmul_rn(v, {shift});
+}}
+
+extern "C" __global__ void luma_in(
+    const sample_t* __restrict__ plane, long long pitch, int width, int height,
+    body_t* __restrict__ out, int out_width, int out_height)
+{{
+    int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
+    if (x >= out_width || y >= out_height) return;
+    float v = (float)plane[min(y, height - 1) * pitch + min(x, width - 1)];
+    to_body(__fadd_rn(__fmul_rn(v, {in_scale}), {in_offset}), out + (long long)y * out_width + x);
+}}
+
+extern "C" __global__ void luma_out(
+    const body_t* __restrict__ in, int in_width, int in_height,
+    sample_t* __restrict__ plane, int width, int height)
+{{
+    int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
+    if (x >= in_width || y >= in_height) return;
+    long long size = (long long)in_width * in_height, at = (long long)y * in_width + x;
+    #pragma unroll
+    for (int row = 0; row < {phases}; row++) {{
+        int to_y = y * {phases} + row;
+        if (to_y >= height) return;
+        #pragma unroll
+        for (int column = 0; column < {phases}; column++) {{
+            int to_x = x * {phases} + column;
+            float v = from_body(in[(row * {phases} + column) * size + at]);
+            v = __fadd_rn(__fmul_rn(v, {out_scale}), {out_offset});
+            if (to_x < width) plane[(long long)to_y * width + to_x] = code(v);
+        }}
+    }}
+}}
+
+__constant__ float weights_x[{scale}][{taps_x}] = {weights_x};
+__constant__ float weights_y[{scale}][{taps_y}] = {weights_y};
+
+extern "C" __global__ void chroma(
+    const sample_t* __restrict__ in_u, const sample_t* __restrict__ in_v, long long pitch,
+    int width, int height, sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
+{{
+    int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
+    if (x >= width || y >= height) return;
+    #pragma unroll
+    for (int which = 0; which < 2; which++) {{
+        const sample_t* in = which ? in_v : in_u;
+        sample_t* out = which ? out_v : out_u;
+        float sums[{scale}][{scale}] = {{}};
+        #pragma unroll
+        for (int i = 0; i < {taps_x}; i++) {{
+            int from_x = min(max(x + ({first_x}) + i, 0), width - 1);
+            float column[{scale}] = {{}};
+            #pragma unroll
+            for (int j = 0; j < {taps_y}; j++) {{
+                int from_y = min(max(y + ({first_y}) + j, 0), height - 1);
+                float v = __fmul_rn((float)in[from_y * pitch + from_x * {step}], {unshift});
+                #pragma unroll
+                for (int p = 0; p < {scale}; p++) column[p] += weights_y[p][j] * v;
+            }}
+            #pragma unroll
+            for (int p = 0; p < {scale}; p++)
+                #pragma unroll
+                for (int q = 0; q < {scale}; q++) sums[p][q] += weights_x[q][i] * column[p];
+        }}
+        #pragma unroll
+        for (int p = 0; p < {scale}; p++)
+            #pragma unroll
+            for (int q = 0; q < {scale}; q++)
+                out[((long long)(y * {scale} + p) * width * {scale} + x * {scale} + q) * {step}]
+                    = code(sums[p][q]);
+    }}
+}}
+"""
+
+
+def suits(model: Descriptor, spec: FrameSpec) -> bool:
+    """Return whether the kernels can stand for the nodes around this model."""
+    return model.channels == "luma" and spec.format.model in ("yuv", "gray")
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A luma model without what lies around it.
+
+    Attributes:
+        compiled: its graph: one input (1, 1, h, w) and one output (1, n * n, h', w'), float16
+            or float32, in the model's own unit.
+        phases: n of the DepthToSpace that was taken off its end, or 1.
+    """
+
+    compiled: Compiled
+    phases: int
+
+
+def compile_body(model: Descriptor, spec: FrameSpec, *, half: bool = True) -> Body:
+    """Return the graph of a luma model for frames of `spec`.
+
+    Args:
+        model: the model.
+        spec: what comes in; its size is padded to the model's multiple.
+        half: run it in float16, where that is possible.
+
+    Raises:
+        ModelError: the file cannot be used.
+        SpecError: the model cannot take such frames.
+    """
+    out = output_spec(model, spec)
+    align_x, align_y = alignment(model, spec)
+    width, height = -(-spec.width // align_x) * align_x, -(-spec.height // align_y) * align_y
+    proto = load_static(model, width, height, widen=not half)
+    if half:
+        narrow_graph(proto.graph)
+    graph = proto.graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)}
+    name, phases = model.output, 1
+    last = next(n for n in reversed(graph.node) if name in n.output)
+    if last.op_type == "DepthToSpace" and not any(name in n.input for n in graph.node):
+        phases = next(a.i for a in last.attribute if a.name == "blocksize")
+        graph.node.remove(last)
+        name = last.input[0]
+    scale = model.scale
+    shapes = (
+        (1, 1, height, width),
+        (1, phases**2, height * scale // phases, width * scale // phases),
+    )
+    if model.layout == "NHWC":
+        shapes = tuple((n, h, w, c) for n, c, h, w in shapes)  # type: ignore[assignment]
+    tensors = [
+        Tensor(tensor, shape, shape, np.dtype(helper.tensor_dtype_to_np_dtype(kinds[key])))
+        for tensor, key, shape in zip(
+            (model.input, name), (model.input, model.output), shapes, strict=True
+        )
+    ]
+    kept = [v for v in graph.input if v.name == model.strength]
+    strength_shape: tuple[int, ...] = ()
+    for value in kept:
+        strength_shape = tuple(d.dim_value or 1 for d in value.type.tensor_type.shape.dim)
+        _float_strength(graph, value, strength_shape)
+    for field, tensor in ((graph.input, tensors[0]), (graph.output, tensors[1])):
+        del field[:]
+        kind = helper.np_dtype_to_tensor_dtype(tensor.dtype)
+        field.append(helper.make_tensor_value_info(tensor.name, kind, tensor.shape))
+    graph.input.extend(kept)
+    proto.ir_version = max(proto.ir_version, 8)
+    compiled = Compiled(
+        proto, (tensors[0],), (tensors[1],), model.strength, strength_shape, spec, out
+    )
+    return Body(compiled, phases)
+
+
+def _float_strength(
+    graph: onnx.GraphProto, value: onnx.ValueInfoProto, shape: tuple[int, ...]
+) -> None:
+    """Let callers give the strength as float32 of a fixed shape."""
+    kind = value.type.tensor_type.elem_type
+    name = value.name
+    value.CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    if kind == TensorProto.FLOAT:
+        return
+    for node in graph.node:
+        for i, read in enumerate(node.input):
+            if read == name:
+                node.input[i] = f"{name}.cast"
+    graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}.cast"], to=kind))
+
+
+class LumaSession:
+    """A luma model on an NVIDIA GPU between kernels of ours; a `Session` for CuPy arrays.
+
+    Args:
+        body: the model.
+        model: what it promises.
+        session: runs the body, on the stream that the frames' work is queued on.
+        stream: that stream.
+    """
+
+    def __init__(self, body: Body, model: Descriptor, session: CudaSession, stream: Any) -> None:
+        import cupy
+
+        self._cupy = cupy
+        self._session = session
+        self._stream = stream
+        self._spec, self._out = body.compiled.spec, body.compiled.out
+        self._scale, self._phases = model.scale, body.phases
+        (result,) = body.compiled.outputs
+        with stream:
+            self._result = cupy.empty(result.plane_shape, result.dtype)
+        session.bind(0, [self._result])
+        self._slots: dict[int, Sequence[Array]] = {}
+        module = cupy.RawModule(code=_source(body, model), options=("-std=c++17",))
+        names = ("luma_in", "luma_out", "chroma")
+        self._luma_in, self._luma_out, self._chroma = map(module.get_function, names)
+
+    def bind(self, slot: int, outputs: Sequence[Array]) -> None:
+        """See `Session.bind`."""
+        self._slots[slot] = outputs
+
+    def prepare(self) -> GraphUse:
+        """See `CudaSession.prepare`."""
+        return self._session.prepare()
+
+    def run(self, slot: int, inputs: Sequence[Array], stream: Stream | None = None) -> Event | None:
+        """See `Session.run`; `stream` is the one the session was made with."""
+        assert stream is self._stream
+        outputs = self._slots[slot]
+        queue: Any = self._stream
+        with queue:
+            self._take(inputs[0])
+            self._session.launch(0)
+            self._give(outputs[0])
+        if len(inputs) > 1:
+            self._write_chroma(inputs[1:], outputs[1:])
+        event: Event = queue.record()
+        return event
+
+    def _take(self, plane: Array) -> None:
+        (target,) = self._session.inputs
+        width, height = _plane_size(target)
+        pitch = plane.strides[0] // plane.itemsize
+        arguments = (
+            *(plane, np.int64(pitch), np.int32(plane.shape[1]), np.int32(plane.shape[0])),
+            *(target, np.int32(width), np.int32(height)),
+        )
+        self._luma_in(_grid(width, height), _BLOCK, arguments)
+
+    def _give(self, plane: Array) -> None:
+        width, height = _plane_size(self._result, self._phases)
+        arguments = (
+            *(self._result, np.int32(width), np.int32(height)),
+            *(plane, np.int32(plane.shape[1]), np.int32(plane.shape[0])),
+        )
+        self._luma_out(_grid(width, height), _BLOCK, arguments)
+
+    def _write_chroma(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        if self._scale == 1:
+            for source, target in zip(inputs, outputs, strict=True):
+                copy_plane(self._cupy, source, target, self._stream)
+            return
+        if len(inputs) == 1:
+            planes = [p[..., c] for p in (inputs[0], outputs[0]) for c in (0, 1)]
+        else:
+            planes = [*inputs, *outputs]
+        (in_u, in_v, out_u, out_v), item = planes, inputs[0].itemsize
+        height, width = in_u.shape
+        arguments = (
+            *(in_u, in_v, np.int64(in_u.strides[0] // item)),
+            *(np.int32(width), np.int32(height), out_u, out_v),
+        )
+        with self._stream:
+            self._chroma(_grid(width, height), _BLOCK, arguments)
+
+    def set_strength(self, value: float) -> None:
+        """See `Session.set_strength`."""
+        self._session.set_strength(value)
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """See `Session.nodes_by_provider`."""
+        return self._session.nodes_by_provider()
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._session.close()
+        self._slots.clear()
+
+
+def gpu_session(
+    model: Descriptor,
+    compiled: Compiled,
+    *,
+    stream: Any,
+    provider: GpuProvider | None = None,
+    strength: float | None = None,
+    half: bool = True,
+    kernels: bool = True,
+    memory_bytes: int | None = None,
+) -> LumaSession | CudaSession:
+    """Return the session that runs a model on frames of an NVIDIA GPU.
+
+    The caller binds every slot of its ring, then calls `prepare`, before the first frame.
+
+    Args:
+        model: the model.
+        compiled: its graph for the frames, run as it is where the kernels do not suit.
+        stream: what the work is queued on.
+        provider: which execution provider, and how.
+        strength: first value of the strength input, where the model has one.
+        half: run the model in float16, where that is possible.
+        kernels: let the kernels stand for the nodes around the model, where they suit.
+        memory_bytes: the most that the provider may allocate; None for all there is.
+
+    Raises:
+        See `CudaSession`.
+    """
+    spec = compiled.spec
+    body = compile_body(model, spec, half=half) if kernels and suits(model, spec) else None
+    session = CudaSession(
+        compiled if body is None else body.compiled,
+        device=spec.device,
+        stream=stream,
+        provider=provider,
+        strength=strength,
+        memory_bytes=memory_bytes,
+    )
+    return session if body is None else LumaSession(body, model, session, stream)
+
+
+def _plane_size(tensor: Array, phases: int = 1) -> tuple[int, int]:
+    """Return (width, height) of one plane of a 4-D tensor, NCHW or with one channel last."""
+    channels = phases**2
+    _, a, b, c = tensor.shape
+    return (c, b) if a == channels else (b, a)
+
+
+def _grid(width: int, height: int) -> tuple[int, int]:
+    return -(-width // _BLOCK[0]), -(-height // _BLOCK[1])
+
+
+def _source(body: Body, model: Descriptor) -> str:
+    """Return the kernels' text for one model and format."""
+    spec = body.compiled.spec
+    format = spec.format
+    luma = color.luma_quantizer(format.bits, spec.resolved_color().range)
+    unit = 255.0 if model.range == "0..255" else 1.0
+    factor = 1 << format.shift
+    in_scale = unit / (luma.scale * factor)
+    sites = color.site_offsets(format, spec.color)
+    factors = (1 << format.subsampling[0], 1 << format.subsampling[1])
+    x, y = (
+        color.enlarge_filter(model.scale, f, offset)
+        for f, offset in zip(factors, sites, strict=True)
+    )
+    half = body.compiled.inputs[0].dtype == np.float16
+    return _SOURCE.format(
+        sample="unsigned char" if format.bits == 8 else "unsigned short",
+        body="unsigned short" if half else "float",
+        maximum=_literal(luma.maximum),
+        shift=_literal(factor),
+        unshift=_literal(1.0 / factor),
+        in_scale=_literal(in_scale),
+        in_offset=_literal(-luma.zero * factor * in_scale),
+        out_scale=_literal(luma.scale / unit),
+        out_offset=_literal(luma.zero),
+        phases=body.phases,
+        scale=model.scale,
+        taps_x=x.taps,
+        taps_y=y.taps,
+        first_x=x.first,
+        first_y=y.first,
+        weights_x=_table(x.weights),
+        weights_y=_table(y.weights),
+        step=2 if format.interleaved else 1,
+    )
+
+
+def _literal(value: float) -> str:
+    """Return the float32 nearest to a value, as C writes it exactly."""
+    return f"{float(np.float32(value)).hex()}f"
+
+
+def _table(weights: color.Floats) -> str:
+    rows = ("{" + ", ".join(_literal(w) for w in row) + "}" for row in weights)
+    return "{" + ", ".join(rows) + "}"

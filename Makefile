@@ -8,7 +8,7 @@ else
 BIN = bin
 endif
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: ## Install into a fresh environment and double the sample clip.
 	rm -rf $(VENV)-demo demo
@@ -32,5 +32,17 @@ lint: $(VENV)/ready ## Style and types.
 test: lint ## Style, types and every test, in an environment of its own.
 	$(VENV)/$(BIN)/python -m pytest
 
+# On a machine with an NVIDIA GPU; CUDA=12 for older drivers. PYTHON_GPU takes an environment as it is.
+CUDA ?= 13
+PYTHON_GPU ?= $(VENV)-gpu/$(BIN)/python
+
+$(VENV)-gpu/$(BIN)/python: pyproject.toml
+	rm -rf $(VENV)-gpu
+	$(PYTHON) -m venv $(VENV)-gpu
+	$(VENV)-gpu/$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[cuda$(CUDA),dev]"
+
+test-gpu: $(PYTHON_GPU) ## The tests that need a GPU; they fail where there is none.
+	VIDPIPE_REQUIRE_CUDA=1 $(PYTHON_GPU) -m pytest -m cuda
+
 clean:
-	rm -rf $(VENV) $(VENV)-demo demo dist build
+	rm -rf $(VENV) $(VENV)-demo $(VENV)-gpu demo dist build

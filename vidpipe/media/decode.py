@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import av
 import av.container
 import av.error
-import av.filter
 import av.stream
 import av.video.stream
 
@@ -21,6 +21,7 @@ from vidpipe.errors import MediaError
 from vidpipe.frame import PIXEL_FORMATS, Color, Frame, FrameSpec, PixelFormat, Range
 from vidpipe.media import nvdec
 from vidpipe.media.convert import Converter, nearest_format, planes_of
+from vidpipe.media.deinterlace import Deinterlacer
 from vidpipe.media.probe import (
     MediaInfo,
     color_of,
@@ -228,28 +229,50 @@ class Decode(Source):
     def _read(self, time_base: Fraction, start: Fraction | None) -> Iterator[Frame]:
         """Yield every frame from `start` seconds on, or from a key frame before it."""
         hardware = self.device != CPU and not self._why_software
+        given = 0
         last: int | None = None
         try:
             for frame in self._read_by(hardware, time_base, start):
+                given += 1
                 last = frame.pts
                 yield frame
         except _NotInHardware as error:
             self._why_software = str(error)
         else:
             return
-        # The rest is decoded on the CPU; what was given already is passed over.
-        again = start if last is None else max(last * time_base, start or last * time_base)
-        for frame in self._read_by(False, time_base, again):
-            if last is None or frame.pts > last:
+        # The CPU goes on behind the last frame that was given: found again by its timestamp,
+        # and where that is missing or not alone in the file, by counting from the start.
+        if last is not None and last != _NO_PTS:
+            found = False
+            for frame in self._read_by(False, time_base, last * time_base):
+                if found:
+                    yield frame
+                found = found or frame.pts == last
+            if found:
+                return
+        counts = self.counts
+        counts.corrupt_packets = counts.damaged_frames = counts.read_errors = 0
+        for number, frame in enumerate(self._read_by(False, time_base, start)):
+            if number >= given:
                 yield frame
 
     def _read_by(
         self, hardware: bool, time_base: Fraction, start: Fraction | None
     ) -> Iterator[Frame]:
         assert self.info is not None
-        accelerator = None
-        if hardware:
-            accelerator = nvdec.hardware(self.device)
+        with self._opened(hardware) as (container, stream):
+            if start:
+                _seek(container, stream, start)
+            reader = _Reader(self, time_base, self.info.video.color, self._outlet)
+            yield from self._all(container, stream, reader)
+
+    @contextmanager
+    def _opened(
+        self, hardware: bool
+    ) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
+        """Open the file, to read nothing but the picture."""
+        assert self.info is not None
+        accelerator = nvdec.hardware(self.device) if hardware else None
         with open_input(self.path, accelerator) as container:
             stream = pick_video(container, self.path, self.info.video_index)
             for other in container.streams:
@@ -257,10 +280,7 @@ class Decode(Source):
                     other.discard = av.stream.Discard.all
             stream.codec_context.thread_type = "AUTO"
             stream.codec_context.thread_count = 1 if hardware else self.threads
-            if start:
-                _seek(container, stream, start)
-            reader = _Reader(self, time_base, self.info.video.color, self._outlet)
-            yield from self._all(container, stream, reader)
+            yield container, stream
 
     def _all(
         self,
@@ -472,7 +492,7 @@ class _Reader:
         self._outlet = outlet
         self._time_base = time_base
         self._color = color
-        self._graph: _Deinterlacer | None = None
+        self._graph: Deinterlacer | None = None
         self._spec: FrameSpec | None = None
         self._key: tuple[Any, ...] = ()
         self._format = PIXEL_FORMATS["yuv420p"]
@@ -489,7 +509,7 @@ class _Reader:
         if self._graph is not None and not self._graph.takes(picture):
             yield from self.flush()
         if self._graph is None and self._wanted(picture):
-            self._graph = _Deinterlacer(picture, self._time_base, self._source.deinterlace)
+            self._graph = Deinterlacer(picture, self._time_base, self._source.deinterlace)
         if self._graph is None:
             yield self._frame(picture)
             return
@@ -634,53 +654,3 @@ def _seek(
         raise MediaError(
             f"'{container.name}' cannot be searched for a start time", hint="Leave --start out"
         ) from error
-
-
-class _Deinterlacer:
-    """bwdif in "send_frame" mode: one frame out for each frame in, same timestamps."""
-
-    def __init__(self, picture: av.VideoFrame, time_base: Fraction, mode: str) -> None:
-        self._key = (picture.width, picture.height, picture.format.name)
-        self._time_base = time_base
-        self._graph = av.filter.Graph()
-        source = self._graph.add(
-            "buffer",
-            video_size=f"{picture.width}x{picture.height}",
-            pix_fmt=picture.format.name,
-            time_base=f"{time_base.numerator}/{time_base.denominator}",
-            pixel_aspect="1/1",
-            colorspace=str(int(picture.colorspace)),
-            range=str(int(picture.color_range)),
-        )
-        which = "interlaced" if mode == "auto" else "all"
-        bwdif = self._graph.add("bwdif", f"mode=send_frame:parity=auto:deint={which}")
-        sink = self._graph.add("buffersink")
-        source.link_to(bwdif)
-        bwdif.link_to(sink)
-        self._graph.configure()
-
-    def takes(self, picture: av.VideoFrame) -> bool:
-        """Say whether the graph was made for such pictures."""
-        return self._key == (picture.width, picture.height, picture.format.name)
-
-    def take(self, picture: av.VideoFrame) -> Iterator[av.VideoFrame]:
-        self._graph.vpush(picture)
-        yield from self._pull()
-
-    def flush(self) -> Iterator[av.VideoFrame]:
-        self._graph.vpush(None)
-        yield from self._pull()
-
-    def _pull(self) -> Iterator[av.VideoFrame]:
-        while True:
-            try:
-                picture = self._graph.vpull()
-            except (av.error.BlockingIOError, av.error.EOFError):
-                return
-            # The filter counts in half ticks.
-            base = fraction(picture.time_base) or self._time_base
-            if picture.pts is not None:
-                picture.pts = round(picture.pts * base / self._time_base)
-            picture.duration = round(picture.duration * base / self._time_base)
-            picture.time_base = self._time_base
-            yield picture

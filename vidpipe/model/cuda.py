@@ -55,6 +55,7 @@ class GpuProvider:
     options: Mapping[str, str] = field(
         default_factory=lambda: {
             "prefer_nhwc": "1",
+            "fuse_conv_bias": "1",
             "cudnn_conv_algo_search": "EXHAUSTIVE",
             "cudnn_conv_use_max_workspace": "1",
             "arena_extend_strategy": "kSameAsRequested",
@@ -110,6 +111,8 @@ class CudaSession:
                 f"ONNX Runtime {ort.__version__} here has no {provider.name}",
                 hint="Install it with: pip install 'vidpipe[cuda13]'",
             )
+        # It tells of every session that it found no plug-in for its own provider.
+        ort.set_default_logger_severity(3)
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -4,24 +4,39 @@ A source draws its frame number and the time of capture into the picture as blac
 cells. The sink reads both back after the model, checks the number, and takes the latency from
 the time: what is measured went through everything that a picture goes through.
 
-VIDPIPE_LIVE_S is how long each part runs, 10 s by default: 600 for ten minutes.
+VIDPIPE_LIVE_S is how long each part runs, 10 s by default: 600 for ten minutes. Single parts:
+
+    python -m benchmarks.live --soak 1800 --chart soak.svg   memory, threads, descriptors
+    python -m benchmarks.live --outage 10                    a source that goes away and is back
+    python -m benchmarks.live --toggle 30                    controls changed while it runs
+    python -m benchmarks.live --shares 5                     processor time beside the model's
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import itertools
+import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import psutil
 
 from vidpipe.clock import MonotonicClock
+from vidpipe.errors import VidpipeError
 from vidpipe.frame import Frame, FrameSpec, pixel_format
 from vidpipe.graph import Graph
 from vidpipe.live.capture import Frames
@@ -108,8 +123,7 @@ def play(rate: int, seconds: float, budget_s: float, **options: Any) -> dict[str
         options: of the enhance stage.
     """
     source = Drawn(rate, seconds)
-    latencies: list[float] = []
-    numbers: list[int] = []
+    latencies, numbers = array("d"), array("q")  # lists would grow eight times as much
     scale = 2
 
     def take(frame: Frame) -> None:
@@ -134,7 +148,7 @@ def play(rate: int, seconds: float, budget_s: float, **options: Any) -> dict[str
         threads.append(process.num_threads())
         files.append(process.num_fds() if hasattr(process, "num_fds") else 0)
     live.pipeline.report()
-    if numbers != sorted(set(numbers)) or not numbers:
+    if list(numbers) != sorted(set(numbers)) or not numbers:
         raise RuntimeError("frames came out of order, twice or not at all")
     counted = sum(s.dropped for s in live.pipeline.progress())
     if len(numbers) + counted != source.count:
@@ -155,6 +169,307 @@ def play(rate: int, seconds: float, budget_s: float, **options: Any) -> dict[str
     }
 
 
+class Controller:
+    """Changes controls one after the other while a filter runs, and notes when frames come out.
+
+    Args:
+        model: the tier to change from and to.
+        every_s: a change comes every so often.
+    """
+
+    def __init__(self, model: str, every_s: float = 0.5) -> None:
+        self.changes: list[dict[str, Any]] = [
+            {"enabled": False}, {"enabled": True}, {"tier": "scale"}, {"tier": model},
+            {"wipe": 0.5}, {"wipe": None}, {"strength": 0.5}, {"strength": 1.0},
+            {"frozen": True}, {"frozen": False},
+        ]  # fmt: skip
+        self.every_s = every_s
+        self.done = 0
+
+    def run(self, live: Live, ended: threading.Event) -> None:
+        """Go on until told to stop."""
+        while not ended.wait(self.every_s):
+            live.control(self.changes[self.done % len(self.changes)])
+            self.done += 1
+
+
+def toggle(model: str, seconds: float, rate: int = 30) -> dict[str, Any]:
+    """Return the worst gaps between frames in frame times, without and with changes of controls."""
+    figures: dict[str, Any] = {}
+    for name in ("undisturbed", "changed"):
+        source, arrivals = Drawn(rate, seconds), list[tuple[float, float]]()
+        clock = source.clock
+        graph = Graph().add("in", Frames(source.spec, source))
+        graph.add("enhance", "enhance", "in", latency_budget_s=1.0, tiers=[model], tier=model)
+        # What is late is the way through the filter; the source's own lateness is not its doing.
+        take = Callback(lambda f, a=arrivals, c=clock: a.append((f.captured_s, c.now_s())))  # type: ignore[misc]
+        graph.add("out", take, "enhance")
+        live, ended, controller = Live(graph), threading.Event(), Controller(model)
+        live.start()
+        until_warm(live)
+        source.go.set()
+        thread = threading.Thread(target=controller.run, args=(live, ended))
+        if name == "changed":
+            thread.start()
+        while not live.wait(0.1):
+            pass
+        ended.set()
+        if thread.is_alive():
+            thread.join()
+        gaps = [(b[1] - a[1]) * rate for a, b in itertools.pairwise(arrivals)]
+        late = [(done - captured) * rate for captured, done in arrivals]
+        figures |= {
+            f"{name}.frames": len(arrivals),
+            f"{name}.changes": controller.done,
+            f"{name}.worst_gap_in_frame_times": max(gaps),
+            f"{name}.p99_gap_in_frame_times": percentile(gaps, 99),
+            f"{name}.worst_latency_in_frame_times": max(late),
+            f"{name}.source_late_max_in_frame_times": source.late_s * rate,
+            f"{name}.source_worst_gap_in_frame_times": max(
+                (b[0] - a[0]) * rate for a, b in itertools.pairwise(arrivals)
+            ),
+        }
+    return figures
+
+
+def until_warm(live: Live) -> None:
+    """Wait until every tier is open."""
+    while any(f.governor is None for f in live.filters.values()):
+        time.sleep(0.05)
+
+
+def send(url: str) -> None:
+    """Send drawn pictures with their time, in another process, until killed.
+
+    Args:
+        url: udp://HOST:PORT, or tcp://HOST:PORT?listen to serve who connects.
+    """
+    options = {"flush_packets": "1", "omit_video_pes_length": "0"}
+    with av.open(url, "w", format="mpegts", container_options=options) as out:
+        stream: Any = out.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.options = {"preset": "ultrafast", "tune": "zerolatency", "g": "60"}
+        planes = np.full((HEIGHT * 3 // 2, WIDTH), 128, np.uint8)
+        start_s = time.perf_counter()
+        for number in itertools.count():
+            time.sleep(max(0.0, start_s + number / 30 - time.perf_counter()))
+            draw(planes, 0, number)
+            # Milliseconds of the machine's monotonic clock, which all its processes share.
+            draw(planes, 1, round(time.perf_counter() * 1000) & 0xFFFFFFFF)
+            picture = av.VideoFrame.from_ndarray(planes, "yuv420p")
+            picture.pts = number
+            for packet in stream.encode(picture):
+                out.mux_one(packet)
+            if number == 0:
+                print("sending", flush=True)
+
+
+def outage(seconds: float) -> dict[str, Any]:
+    """Return how soon a source is back after it was gone, for UDP and for a TCP server."""
+    figures: dict[str, Any] = {"outage_s": seconds}
+    for scheme in ("udp", "tcp"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        address = f"{scheme}://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "benchmarks.live", "--send"]
+        command.append(f"{address}?listen" if scheme == "tcp" else f"{address}?pkt_size=1316")
+        fresh: list[tuple[float, float]] = []  # (drawn, arrived) of pictures not seen before
+
+        def take(frame: Frame, fresh: list[tuple[float, float]] = fresh) -> None:
+            now_s = time.perf_counter()
+            drawn_s = read(frame.planes[0], 1, 1) / 1000
+            if not fresh or drawn_s > fresh[-1][0]:
+                fresh.append((drawn_s, now_s))
+
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        live = None
+        while live is None:
+            graph = Graph().add("in", "capture", address=address)
+            graph.add("enhance", "enhance", "in", tiers=[])
+            graph.add("out", Callback(take), "enhance")
+            try:
+                live = Live(graph)
+                live.start()
+            except VidpipeError:  # not there yet
+                live = None
+        live.wait(2)
+        process.kill()
+        process.wait()
+        gone_s = time.perf_counter()
+        live.wait(seconds)
+        repeated = live.sources["in"].repeated
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        wait_for(lambda gone_s=gone_s, fresh=fresh: fresh[-1][0] > gone_s, live)  # type: ignore[misc]
+        first = next(f for f in fresh if f[0] > gone_s)
+        live.wait(2)
+        sent = next(f for f in fresh if f[0] > gone_s)
+        begun_s = sent[0]
+        steady = [b - a for a, b in fresh if a > begun_s + 1]
+        process.kill()
+        process.wait()
+        events = [e["state"] for e in live.events() if e["event"] == "source"]
+        live.stop()
+        figures |= {
+            f"{scheme}.shown_again_meanwhile": repeated,
+            f"{scheme}.recovered_after_s": first[1] - begun_s,
+            f"{scheme}.events": " ".join(events),
+            f"{scheme}.latency_p50_ms": 1000 * statistics.median(steady),
+            f"{scheme}.latency_p99_ms": 1000 * percentile(steady, 99),
+        }
+    return figures
+
+
+def wait_for(condition: Callable[[], bool], live: Live, patience_s: float = 30.0) -> None:
+    """Wait for something while a filter runs."""
+    end_s = time.perf_counter() + patience_s
+    while not condition():
+        live.wait(0.02)
+        if time.perf_counter() > end_s:
+            raise RuntimeError(f"it did not happen: {live.state()}")
+
+
+def shares(clip: Path, model: str, seconds: float) -> dict[str, Any]:
+    """Return the processor time of each part, per frame, and as a part of a frame's time."""
+    frames = {"use": "stream", "url": "udp://127.0.0.1:9", "audio": True}
+    parts: dict[str, tuple[list[str], list[dict[str, Any]]]] = {
+        "source": ([], []),
+        "stream_ultrafast": ([], [{**frames, "preset": "ultrafast"}]),
+        "stream_superfast": ([], [{**frames, "preset": "superfast"}]),
+        "model": ([model], []),
+        "model_and_page_unwatched": ([model], [{"use": "page"}]),
+        "all": ([model], [{**frames, "preset": "superfast"}, {"use": "page"}]),
+    }
+    figures: dict[str, Any] = {"processors": psutil.cpu_count()}
+    process = psutil.Process()
+    for name, (tiers, sinks) in parts.items():
+        count = [0]
+        graph = Graph().add("in", "capture", address=str(clip))
+        options = {"tiers": tiers, "tier": tiers[0] if tiers else "scale", "latency_budget_s": 5.0}
+        graph.add("enhance", "enhance", "in", **options)
+
+        def take(_frame: Frame, count: list[int] = count) -> None:
+            count[0] += 1
+
+        graph.add("out", Callback(take), "enhance")
+        for number, sink in enumerate(sinks):
+            graph.add(
+                f"sink{number}",
+                sink["use"],
+                "enhance",
+                **{k: v for k, v in sink.items() if k != "use"},
+            )
+        live = Live(graph)
+        live.start()
+        until_warm(live)
+        wait_for(lambda count=count: count[0] > 5, live)  # type: ignore[misc]
+        before, frames_before = process.cpu_times(), count[0]
+        live.wait(seconds)
+        after, done = process.cpu_times(), count[0] - frames_before
+        live.stop()
+        used_s = after.user + after.system - before.user - before.system
+        figures[f"{name}.processor_ms_a_frame"] = 1000 * used_s / max(done, 1)
+        figures[f"{name}.part_of_the_machine"] = used_s / seconds / (psutil.cpu_count() or 1)
+    return figures
+
+
+def soak(model: str, seconds: float, chart: Path, rate: int = 30) -> dict[str, Any]:
+    """Run for long with a model, a stream and a page; draw and return what grew.
+
+    Args:
+        model: the tier.
+        seconds: how long; the first third is left for everything to settle.
+        chart: the SVG file to write.
+        rate: frames per second.
+    """
+    source, seen = Drawn(rate, seconds), [0, -1]
+
+    def take(frame: Frame) -> None:
+        number = read(frame.planes[0], 0, 2)
+        if number <= seen[1]:
+            raise RuntimeError("a frame came twice or out of order")
+        seen[0], seen[1] = seen[0] + 1, number
+
+    graph = Graph().add("in", Frames(source.spec, source))
+    graph.add("enhance", "enhance", "in", tiers=[model], tier=model, latency_budget_s=1.0)
+    graph.add("out", Callback(take), "enhance")
+    graph.add("stream", "stream", "enhance", url="udp://127.0.0.1:9", preset="ultrafast")
+    graph.add("page", "page", "enhance")
+    live = Live(graph)
+    live.start()
+    until_warm(live)
+    live.pages["enhance"].watch(lambda _picture: None)
+    process = psutil.Process()
+    rows: list[tuple[float, float, int, int]] = []
+    source.go.set()
+    start_s = time.perf_counter()
+    while not live.wait(max(0.5, seconds / 600)):
+        live.state()
+        rows.append(
+            (
+                time.perf_counter() - start_s,
+                process.memory_info().rss / 2**20,
+                process.num_threads(),
+                process.num_fds() if hasattr(process, "num_fds") else 0,
+            )
+        )
+    live.pipeline.report()
+    gc.collect()
+    columns = [list(c) for c in zip(*rows, strict=True)]
+    names = ("memory, MiB", "threads", "descriptors")
+    chart.write_text(drawn_chart(columns[0], dict(zip(names, columns[1:], strict=True))))
+    settled = len(rows) // 3
+    slope = float(np.polyfit(columns[0][settled:], columns[1][settled:], 1)[0])
+    dropped = sum(s.dropped for s in live.pipeline.progress() if s.name != "page")
+    return {
+        "seconds": seconds,
+        "frames": seen[0],
+        "drops": dropped,
+        "memory_at_a_third_mib": columns[1][settled],
+        "memory_at_the_end_mib": columns[1][-1],
+        "memory_growth_mib": columns[1][-1] - columns[1][settled],
+        "memory_slope_mib_an_hour": slope * 3600,
+        "thread_growth": columns[2][-1] - columns[2][settled],
+        "descriptor_growth": columns[3][-1] - columns[3][settled],
+        "chart": str(chart),
+    }
+
+
+def drawn_chart(times: Sequence[float], curves: dict[str, list[float]]) -> str:
+    """Return an SVG picture with one panel for each curve, all over the same time."""
+    width, height, left, gap = 900, 150, 70, 40
+    parts = []
+    for number, (name, values) in enumerate(curves.items()):
+        top = 30 + number * (height + gap)
+        most = max(max(values) * 1.1, 1)
+        points = " ".join(
+            f"{left + (width - left - 10) * t / max(times[-1], 1e-9):.1f},"
+            f"{top + height * (1 - v / most):.1f}"
+            for t, v in zip(times, values, strict=True)
+        )
+        parts.append(f'<text x="{left}" y="{top - 8}">{name}: {values[-1]:.6g} at the end</text>')
+        for part in (0, 0.5, 1):
+            y = top + height * (1 - part)
+            parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#ccc"/>')
+            parts.append(
+                f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{most * part:.4g}</text>'
+            )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>')
+    bottom = 30 + len(curves) * (height + gap)
+    for part in (0, 0.25, 0.5, 0.75, 1):
+        x = left + (width - left - 10) * part
+        parts.append(
+            f'<text x="{x:.0f}" y="{bottom - 14}" text-anchor="middle">'
+            f"{times[-1] * part:.0f} s</text>"
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 10}" height="{bottom}" '
+        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+        + "\n".join(parts)
+        + "</svg>\n"
+    )
+
+
 def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
     """Return the figures of four runs; the clip and the rounds are not used."""
     del clip, rounds
@@ -173,3 +488,32 @@ def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
     for name, part in parts.items():
         figures |= {f"{name}.{key}": value for key, value in part.items()}
     return figures
+
+
+def main() -> None:
+    """Run single parts, as the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
+    parser.add_argument("--clip", type=Path, default=Path("samples/bigbuckbunny.mp4"))
+    parser.add_argument("--model", default="nano-2x")
+    for part in ("soak", "outage", "toggle", "shares"):
+        parser.add_argument(f"--{part}", type=float, metavar="SECONDS")
+    parser.add_argument("--chart", type=Path, default=Path("soak.svg"), help="of --soak")
+    parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.send:
+        send(arguments.send)
+        return
+    figures: dict[str, Any] = {"load_before": psutil.getloadavg()[0]}
+    if arguments.toggle:
+        figures |= toggle(arguments.model, arguments.toggle)
+    if arguments.outage:
+        figures |= outage(arguments.outage)
+    if arguments.shares:
+        figures |= shares(arguments.clip, arguments.model, arguments.shares)
+    if arguments.soak:
+        figures |= soak(arguments.model, arguments.soak, arguments.chart)
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

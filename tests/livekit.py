@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -20,6 +21,9 @@ import numpy as np
 import pytest
 
 from vidpipe.frame import Frame, FrameSpec
+from vidpipe.graph import Graph
+from vidpipe.live.outputs import Callback
+from vidpipe.live.session import Live
 from vidpipe.testing import pattern, spec
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -282,3 +286,57 @@ def listens(port: int) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextmanager
+def virtual_screen(size: str, *arguments: str) -> Iterator[str]:
+    """Xvfb with a screen of 24 bits; gives its display's name."""
+    xvfb = program("Xvfb")
+    reader, writer = os.pipe()
+    with (
+        os.fdopen(reader) as pipe,
+        running(
+            xvfb, "-displayfd", str(writer), "-screen", "0", f"{size}x24", *arguments,
+            pass_fds=[writer],
+        ),
+    ):  # fmt: skip
+        os.close(writer)
+        number = pipe.readline().strip()
+        assert number, "Xvfb gave no display"
+        yield f":{number}"
+
+
+def chain(source: Any, sink: Any, **enhance: Any) -> Live:
+    """A filter of three stages; a source or a sink is an actor, or options of its stage."""
+    graph = Graph()
+    if isinstance(source, dict):
+        graph.add("in", "capture", **source)
+    else:
+        graph.add("in", source)
+    graph.add("enhance", "enhance", "in", **{"tiers": [], "latency_budget_s": 5.0, **enhance})
+    if isinstance(sink, dict):
+        graph.add("out", sink.pop("use", "stream"), "enhance", **sink)
+    else:
+        graph.add("out", sink, "enhance")
+    return Live(graph)
+
+
+class Levels:
+    """The brightness of the pictures that a filter gives, frames of a `clock_and_beep`."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.sink = Callback(self._take)
+
+    def _take(self, frame: Frame) -> None:
+        self.seen.append(round((float(frame.planes[0].mean()) - 16) / 8))
+
+    def moving(self, count: int = 12) -> bool:
+        """Whether the last pictures are frames of the clip, one after the other."""
+        last = self.seen[-count:]
+        steps = [(b - a) % 25 for a, b in itertools.pairwise(last)]
+        return (
+            len(last) == count
+            and all(0 <= n < 25 for n in last)
+            and all(s in (1, 2) for s in steps)
+        )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +19,7 @@ from vidpipe.live.enhance import mix, wipe
 from vidpipe.live.governor import Governor
 from vidpipe.live.keys import NEXT, QUIT, SNAPSHOT, command_for
 from vidpipe.live.meter import Meter, percentile
-from vidpipe.live.reader import Timeline
+from vidpipe.live.reader import Timeline, source_error
 from vidpipe.testing import ManualClock, pattern, spec
 
 
@@ -49,6 +52,11 @@ def test_a_meter_keeps_its_memory_flat() -> None:
     for _ in range(3 * Meter.MOST):
         meter.add(0.0)
     assert len(meter._samples) == Meter.MOST
+    clock.advance(0.5 * meter.window_s)
+    meter.add(0.0)
+    clock.advance(0.5 * meter.window_s)
+    meter.add(0.0)
+    assert len(meter._samples) == 2
 
 
 def run(governor: Governor, clock: ManualClock, cost_s: list[float], frames: int) -> list[str]:
@@ -233,7 +241,18 @@ def test_a_timeline_follows_the_source_and_starts_again_after_a_jump() -> None:
     assert timeline.peek(1000.0) == pytest.approx(10.0)
     clock.advance(0.1)
     assert timeline.map(5.0) == pytest.approx(10.2)
+    clock.advance(0.04)
     assert timeline.map(5.04) == pytest.approx(10.24)
+
+
+def test_the_backlog_of_a_connection_is_not_in_the_future() -> None:
+    clock = ManualClock(50.0)
+    timeline = Timeline(clock, 40.0)
+    # Two seconds of pictures come at once: the last of them is now, not two seconds from now.
+    assert [timeline.map(7 + n / 25) for n in range(51)] == pytest.approx([10.0] * 51)
+    clock.advance(0.04)
+    assert timeline.map(9.04) == pytest.approx(10.04)
+    assert timeline.peek(9.0) == pytest.approx(10.0)
 
 
 def chunk(time_s: float, seconds: float, value: float = 1.0) -> Chunk:
@@ -252,6 +271,13 @@ def test_a_track_fills_gaps_cuts_overlaps_and_leaves_jitter_alone() -> None:
     assert track.end_s == pytest.approx(1.6)
     assert track.add(chunk(1.0, 0.1)) == []
     assert track.end_s == pytest.approx(1.6)
+
+
+def test_the_first_sound_begins_exactly_where_it_belongs() -> None:
+    track = Track(1.0)
+    quiet, loud = track.add(chunk(1.015, 0.1))  # less than the tolerance
+    assert quiet.shape[1] == round(0.015 * RATE)
+    assert loud.shape[1] == round(0.1 * RATE)
 
 
 def test_a_source_that_goes_quiet_is_silence() -> None:
@@ -305,6 +331,42 @@ def test_addresses(text: str, platform: str, url: str, format: str | None) -> No
     assert (address.url, address.format) == (url, format)
 
 
+@pytest.mark.parametrize(
+    ("platform", "source", "options"),
+    [
+        ("linux", "camera", {"video_size": "640x360", "framerate": "25"}),
+        ("win32", "camera:HD", {"video_size": "640x360", "framerate": "25", "rtbufsize": "64M"}),
+        ("darwin", "camera", {"video_size": "640x360", "framerate": "25"}),
+        ("linux", "v4l2:/dev/video3", {"video_size": "640x360", "framerate": "25"}),
+        ("win32", "screen:320x200+5,6", {
+            "video_size": "320x200", "framerate": "25", "offset_x": "5", "offset_y": "6",
+        }),
+    ],
+)  # fmt: skip
+def test_what_a_camera_or_screen_is_asked_for(
+    platform: str, source: str, options: dict[str, str]
+) -> None:
+    assert parse_source(source, size="640x360", rate=25, platform=platform).options == options
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "hint"),
+    [
+        (errno.EBUSY, "camera '/dev/video0' is busy", "Close the program that uses it"),
+        (errno.ENOENT, "there is no camera '/dev/video0'", "plugged in"),
+        (errno.ENODEV, "there is no camera '/dev/video0'", "plugged in"),
+        (errno.EACCES, "no permission to use camera '/dev/video0'", "group 'video'"),
+        (errno.EINVAL, "camera '/dev/video0' cannot be used: Invalid argument", None),
+    ],
+)
+def test_why_a_camera_cannot_be_used(number: int, message: str, hint: str | None) -> None:
+    failure = OSError(number, os.strerror(number))
+    error = source_error(parse_source("camera", platform="linux"), failure)
+    assert error.message == message
+    assert (error.hint is None) if hint is None else (hint in str(error.hint))
+    assert "\n" not in str(error)
+
+
 def test_a_screen_has_a_display_and_an_area(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", ":7")
     address = parse_source("screen:640x480+10,20", rate=15, platform="linux")
@@ -338,13 +400,20 @@ def test_sizes_are_checked() -> None:
         parse_source("camera", size="big")
 
 
+def test_an_output_needs_a_port_where_there_is_no_usual_one() -> None:
+    with pytest.raises(InputError, match="names no port"):
+        muxer_for("udp://127.0.0.1")
+    with pytest.raises(InputError, match="is no port"):
+        muxer_for("rtmp://me:secret@h:99999/live")
+
+
 @pytest.mark.parametrize(
     ("url", "muxer"),
     [
         ("rtmp://h/live/key", "flv"),
         ("rtsp://h:8554/x", "rtsp"),
         ("udp://127.0.0.1:5000", "mpegts"),
-        ("rtp://127.0.0.1:5000", "rtp_mpegts"),
+        ("rtp://127.0.0.1:5000", "mpegts"),
         ("http://h:8080/x", "mpegts"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Any
 
 import modelgen
 import pytest
-from test_live_run import Feed, free_port, live_spec, until
+from livekit import Feed, free_port, live_spec, until
 
 from vidpipe.errors import GraphError, InputError, MissingExtraError, OutputError
 from vidpipe.graph import Graph
@@ -417,6 +417,44 @@ def test_wrong_use_is_one_line(sample: Path, arguments: list[str], message: str)
     assert output == ""
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
+
+
+def test_two_filters_at_once_both_deliver(sample: Path, tmp_path: Path) -> None:
+    ports = [free_port(), free_port()]
+    processes = [
+        command(
+            str(sample), "--page", str(port), "--set", "enhance.tiers=[]",
+            "--record", str(tmp_path / f"{port}.mkv"),
+        )
+        for port in ports
+    ]  # fmt: skip
+
+    def frames(port: int) -> Any:
+        try:
+            state = httpx.get(f"http://127.0.0.1:{port}/api/state").json()
+            return state["sinks"]["record"]["frames"]
+        except (httpx.HTTPError, KeyError):
+            return 0
+
+    try:
+        until(lambda: all(frames(port) > 3 for port in ports), 120)
+        kind = {"content-type": "application/json"}
+        httpx.post(
+            f"http://127.0.0.1:{ports[0]}/api/control", content='{"frozen":true}', headers=kind
+        )
+        frozen = [
+            httpx.get(f"http://127.0.0.1:{port}/api/state").json()["filters"]["enhance"]["frozen"]
+            for port in ports
+        ]
+        assert frozen == [True, False]
+        for port in ports:
+            with client.connect(f"ws://127.0.0.1:{port}/ws", compression=None) as peer:
+                assert picture_of(peer)[2].startswith(b"\xff\xd8")
+    finally:
+        for process in processes:
+            process.terminate()
+            process.communicate(timeout=30)
+    assert [p.returncode for p in processes] == [0, 0]
 
 
 def test_a_port_in_use_ends_the_command_in_one_line(sample: Path, doubler: str) -> None:

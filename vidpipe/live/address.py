@@ -21,7 +21,7 @@ MUXERS = {
     "rtmps": "flv",
     "rtsp": "rtsp",
     "udp": "mpegts",
-    "rtp": "rtp_mpegts",
+    "rtp": "mpegts",
     "tcp": "mpegts",
     "unix": "mpegts",
     "http": "mpegts",
@@ -29,8 +29,12 @@ MUXERS = {
 }
 """Scheme of a network output -> FFmpeg's muxer."""
 
-# A server lets a picture through from the next key frame on, which may be seconds away.
-_NOTHING_QUEUED = {"fflags": "nobuffer", "analyzeduration": "3000000"}
+# What comes while FFmpeg looks at a source is kept and given out in one go afterwards: a key
+# frame is among it, and the next one may be seconds away. (So no fflags=nobuffer.)
+_FIRST_LOOK = {"analyzeduration": "3000000"}
+
+AGAIN = {"analyzeduration": "500000", "fpsprobesize": "2"}
+"""Options for a source that was read before: its rate is known, so a short look will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ def parse_source(
                 f"'{scheme}' is not a protocol that can be read",
                 hint=did_you_mean(scheme, [*SCHEMES_IN]),
             )
-        options = dict(_NOTHING_QUEUED)
+        options = dict(_FIRST_LOOK)
         if scheme in ("rtsp", "rtsps"):
             options["rtsp_transport"] = "tcp"
         if scheme in ("udp", "rtp"):
@@ -157,6 +161,12 @@ def muxer_for(url: str) -> str:
         )
     if not parts.netloc and parts.scheme != "unix":
         raise InputError(f"'{url}' names no host", hint=f"Write {parts.scheme}://HOST:PORT/...")
+    try:
+        port = parts.port
+    except ValueError:
+        raise InputError(f"the port of '{without_secrets(url)}' is no port") from None
+    if port is None and parts.scheme in ("udp", "rtp", "tcp"):
+        raise InputError(f"'{url}' names no port", hint=f"Write {parts.scheme}://HOST:PORT")
     return muxer
 
 

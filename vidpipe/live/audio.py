@@ -102,8 +102,8 @@ class Track:
     Args:
         start_s: time of the first sample to come out; earlier sound is cut.
 
-    Gaps are filled with silence, overlaps are cut; differences of up to `TOLERANCE_S` are
-    left as they are.
+    The first sound begins exactly where it belongs. Later gaps are filled with silence and
+    overlaps are cut; differences of up to `TOLERANCE_S` are left as they are.
     """
 
     def __init__(self, start_s: float) -> None:
@@ -120,9 +120,11 @@ class Track:
         parts = []
         gap_s = chunk.time_s - self.end_s
         samples = chunk.samples
-        if gap_s > TOLERANCE_S:
+        # What is off at the start stays off; later, timestamps wander about the truth.
+        tolerance_s = TOLERANCE_S if self.samples else 0.0
+        if gap_s > tolerance_s:
             parts.append(silence(gap_s))
-        elif gap_s < -TOLERANCE_S:
+        elif gap_s < -tolerance_s:
             samples = samples[:, round(-gap_s * RATE) :]
         if samples.shape[1]:
             parts.append(samples)

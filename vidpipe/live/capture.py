@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vidpipe.errors import MediaError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.link import Policy
-from vidpipe.live.address import parse_source
+from vidpipe.live.address import parse_source, without_secrets
 from vidpipe.live.audio import AudioHub
 from vidpipe.live.reader import TIME_BASE, Connection, Timeline, slate
 from vidpipe.stage import FrameSource, Source, register
@@ -113,6 +113,7 @@ class Capture(Source):
         self._next: Frame | None = None
         self._ended = False
         self._shown: Frame | None = None
+        self._spec: FrameSpec | None = None
         self._thread: threading.Thread | None = None
 
     def plan(self) -> FrameSpec:
@@ -136,7 +137,8 @@ class Capture(Source):
         if first is None:
             self.close()
             raise error or MediaError(
-                f"source '{self.address.url}' gave no picture in {2 * self.timeout_s:g} s"
+                f"source '{without_secrets(self.address.url)}' gave no picture in "
+                f"{2 * self.timeout_s:g} s"
             )
         return first.spec
 
@@ -197,6 +199,7 @@ class Capture(Source):
         backoff = Backoff()
         while not self._stop.is_set():
             timeline = Timeline(self.clock, self._start_s)
+            begin_s = self.clock.now_s()
             try:
                 connection = Connection(
                     self.address,
@@ -207,6 +210,7 @@ class Capture(Source):
                     sound=self.sound.put if self.sound else None,
                     threads=self.threads,
                     stop=self._stop,
+                    known=self._spec,
                 )
             except MediaError as error:
                 self._lost(error)
@@ -215,10 +219,12 @@ class Capture(Source):
                     self.has_sound = self.has_sound or connection.has_sound
                     for frame in connection.frames():
                         backoff.reset()
+                        self._spec = frame.spec
                         self._offer(frame)
                         del frame
                     if self.address.kind != "file":
-                        self._lost(MediaError(f"source '{self.address.url}' ended"))
+                        name = without_secrets(self.address.url)
+                        self._lost(MediaError(f"source '{name}' ended"))
                     elif self.loop and backoff.attempts == 0:
                         backoff.attempts = 1  # a file without a picture is not read in a spin
                         continue
@@ -233,7 +239,8 @@ class Capture(Source):
                     connection.close()
             if self.state == "starting":
                 return
-            self._stop.wait(backoff.next())
+            # An attempt that took its time has waited already.
+            self._stop.wait(max(0.0, backoff.next() - (self.clock.now_s() - begin_s)))
 
     def _offer(self, frame: Frame) -> None:
         if frame.pts < 0:

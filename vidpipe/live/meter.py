@@ -72,6 +72,8 @@ class Meter:
         with self._lock:
             self._frames += 1
             self._samples.append((now_s, now_s - captured_s, own_s))
+            while self._samples[0][0] <= now_s - self.window_s:
+                self._samples.popleft()
         return now_s - captured_s
 
     def read(self) -> Reading:

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
+import av
 import av.error
 
 from vidpipe.clock import Clock
@@ -25,6 +27,7 @@ from vidpipe.live.audio import AudioReader
 from vidpipe.live.capture import Backoff, Capture
 from vidpipe.live.meter import Meter
 from vidpipe.live.reader import FAILURES
+from vidpipe.live.rtp import RtpWriter
 from vidpipe.live.writer import LiveWriter
 from vidpipe.stage import Sink, Source, register
 
@@ -125,12 +128,19 @@ class Callback(LiveSink):
 class _Encoded(LiveSink):
     """What recording and streaming share."""
 
+    STEADY_S = 5.0
+    """An output that held so long is tried again at once when it is lost, others less often."""
+
+    listens = False
+    """Whether this side waits for the other to connect."""
+
     def __init__(self, audio: bool) -> None:
         super().__init__()
         self.audio = audio
         self._writer: LiveWriter | None = None
         self._backoff = Backoff()
         self._again_s = 0.0
+        self._since_s = 0.0
         self._reader: AudioReader | None = None
 
     def plan(self, spec: FrameSpec) -> None:
@@ -157,6 +167,9 @@ class _Encoded(LiveSink):
         if self.audio and isinstance(self.source, Capture) and self.source.has_sound:
             assert self.source.sound is not None
             self._reader = self.source.sound.subscribe()
+        if self.listens:
+            self.state = "waiting"
+            return
         try:
             self._writer = self._connect(self._reader)
         except FAILURES as error:
@@ -172,21 +185,24 @@ class _Encoded(LiveSink):
         except FAILURES as error:
             self._lose(error)
             return self.state
-        self._backoff.reset()
+        if self.clock.now_s() - self._since_s > self.STEADY_S:
+            self._backoff.reset()
         return None
 
     def _lose(self, error: Exception) -> None:
-        if self.state != "lost":
+        state = "waiting" if self.listens else "lost"
+        if self.state != state:
             self.notify(
                 {
                     "event": "sink",
                     "sink": self.name,
-                    "state": "lost",
+                    "state": state,
                     "reason": self._error(error).message,
                 }
             )
-        self.state = "lost"
-        self._again_s = self.clock.now_s() + self._backoff.next()
+        self.state = state
+        wait_s = 0.0 if self.listens else self._backoff.next()
+        self._again_s = self.clock.now_s() + wait_s
         self._hang_up()
 
     def _reconnect(self) -> bool:
@@ -197,6 +213,7 @@ class _Encoded(LiveSink):
         except FAILURES as error:
             self._lose(error)
             return False
+        self._since_s = self.clock.now_s()
         self.notify({"event": "sink", "sink": self.name, "state": "live"})
         return True
 
@@ -213,15 +230,7 @@ class _Encoded(LiveSink):
             try:
                 writer.finish()
             except FAILURES as error:
-                self.state = "lost"
-                self.notify(
-                    {
-                        "event": "sink",
-                        "sink": self.name,
-                        "state": "lost",
-                        "reason": self._error(error).message,
-                    }
-                )
+                self._lose(error)
                 with suppress(*FAILURES):
                     writer.close()
 
@@ -317,11 +326,15 @@ class StreamOut(_Encoded):
         bitrate: bits per second; by default a tenth of a bit for every pixel.
         preset: of libx264.
         audio: send the source's sound.
-        options: more options of FFmpeg's muxer or protocol, such as listen = "1".
+        options: more options of FFmpeg's muxer or protocol. With listen = "1" (http, tcp) the
+            stream is for whoever connects, one at a time.
         timeout_s: a peer that takes nothing for so long is lost and tried again.
     """
 
     capacity = 2
+
+    ACCEPT_S = 0.5
+    """How long a stream for whoever connects waits at a time; a stop takes as long."""
 
     def __init__(
         self,
@@ -340,6 +353,13 @@ class StreamOut(_Encoded):
         self.preset = preset
         self.options = dict(options or {})
         self.timeout_s = timeout_s
+        self.listens = self.options.get("listen", "0") != "0" or _listen_in(url)
+        if self.listens and int(av.__version__.partition(".")[0]) < 19:
+            # It would wait with the interpreter's lock held, and not end.
+            raise InputError(
+                f"waiting for whoever connects needs PyAV 19, this is {av.__version__}",
+                hint="Use Python 3.12 or later",
+            )
         if bitrate is not None and bitrate < 1000:
             raise InputError(f"the bitrate is {bitrate}", hint="Write bits per second: 4000000")
 
@@ -360,14 +380,21 @@ class StreamOut(_Encoded):
             options.setdefault("flvflags", "no_duration_filesize")
         if self.muxer == "rtsp":
             options.setdefault("rtsp_transport", "tcp")
-        if self.muxer in ("mpegts", "rtp_mpegts"):
+        if self.muxer == "mpegts":
             options.setdefault("muxdelay", "0")
+            # A picture whose length is told need not wait for the next one to be complete.
+            options.setdefault("omit_video_pes_length", "0")
+        if self.listens:
+            options.setdefault("listen_timeout", str(round(1000 * self.ACCEPT_S)))
         if self.url.startswith("udp:"):
             options.setdefault("pkt_size", "1316")
-        url = self.url
-        if url.startswith("tcp:") and "timeout=" not in url:
+        url: str | RtpWriter = self.url
+        if self.url.startswith("rtp:"):
+            url = RtpWriter(self.url, self.clock)
+        elif self.url.startswith("tcp:") and "timeout=" not in self.url:
             # PyAV before 19 has no timeout for writing; this is the protocol's own.
-            url += f"{'&' if '?' in url else '?'}timeout={round(self.timeout_s * 1e6)}"
+            sign = "&" if "?" in self.url else "?"
+            url = f"{self.url}{sign}timeout={round(self.timeout_s * 1e6)}"
         return LiveWriter(
             url,
             self.muxer,
@@ -382,6 +409,10 @@ class StreamOut(_Encoded):
         number = getattr(error, "errno", None)
         what = getattr(error, "strerror", None) or str(error)
         if isinstance(error, av.error.ExitError) or number == errno.ETIMEDOUT:
-            what = f"it took nothing for {self.timeout_s:g} s"
+            what = "nobody watches" if self.listens else f"it took nothing for {self.timeout_s:g} s"
         hint = "Is the server running?" if number == errno.ECONNREFUSED else None
         return OutputError(f"cannot stream to '{without_secrets(self.url)}': {what}", hint=hint)
+
+
+def _listen_in(url: str) -> bool:
+    return "listen" in parse_qs(urlsplit(url).query, keep_blank_values=True)

@@ -18,7 +18,7 @@ from av.video.reformatter import VideoReformatter
 from vidpipe.clock import Clock
 from vidpipe.errors import MediaError
 from vidpipe.frame import PIXEL_FORMATS, Color, Frame, FrameSpec, Matrix, Range
-from vidpipe.live.address import Address, without_secrets
+from vidpipe.live.address import AGAIN, Address, without_secrets
 from vidpipe.live.audio import RATE, Chunk
 from vidpipe.media.convert import Converter, planes_of
 from vidpipe.media.probe import color_of
@@ -37,8 +37,10 @@ class Timeline:
     """Maps a source's timestamps to seconds since the pipeline's start.
 
     The first packet of a connection is now. From there the source's own clock counts, which
-    is smoother than arrival, until the two are apart by more than half a second: then the
-    source has jumped, and now is now again. Sound and picture share one timeline.
+    is smoother than arrival. What comes ahead of it, as the backlog of a new connection does,
+    shows that the clock lies too late: then that packet is now. When packets lag behind it by
+    more than half a second, the source has jumped, and now is now again. Sound and picture
+    share one timeline.
 
     Args:
         clock: the pipeline's clock.
@@ -53,8 +55,9 @@ class Timeline:
     def map(self, source_s: float) -> float:
         """Return the time of what has just come with a timestamp of its source."""
         now_s = self._clock.now_s() - self._start_s
-        if self._offset_s is None or abs(source_s + self._offset_s - now_s) > _JUMP_S:
-            self._offset_s = now_s - source_s
+        fresh_s = now_s - source_s
+        if self._offset_s is None or not 0 <= fresh_s - self._offset_s <= _JUMP_S:
+            self._offset_s = fresh_s
         return source_s + self._offset_s
 
     def peek(self, source_s: float) -> float:
@@ -73,6 +76,7 @@ class Connection:
         timeout_s: no packet for so long means that the source is lost.
         sound: where decoded sound goes, or None.
         threads: of the video decoder.
+        known: what the source's pictures were before it was lost; shortens the look at it.
         stop: ends the waiting for a file's pace.
 
     Raises:
@@ -90,18 +94,21 @@ class Connection:
         sound: Callable[[Chunk], None] | None = None,
         threads: int = 0,
         stop: threading.Event | None = None,
+        known: FrameSpec | None = None,
     ) -> None:
         self.address = address
+        self._known = known
         self._clock = clock
         self._timeline = timeline
         self._sound = sound
         self._stop = stop or threading.Event()
         url = f"file:{address.url}" if address.kind == "file" else address.url
+        again = AGAIN if known is not None and address.kind == "network" else {}
         try:
             self._container: av.container.InputContainer = av.open(
                 url,
                 format=address.format,
-                container_options={**address.options, **(options or {})},
+                container_options={**address.options, **again, **(options or {})},
                 timeout=(timeout_s, timeout_s) if address.kind == "network" else None,
             )
         except FAILURES as error:
@@ -125,7 +132,7 @@ class Connection:
         audios = self._container.streams.audio if self._sound is not None else ()
         self._audio = audios[0] if audios else None
         self._resampler = av.AudioResampler("fltp", "stereo", RATE)
-        self._pictures = Pictures(self._video)
+        self._pictures = Pictures(self._video, self._known)
 
     @property
     def has_sound(self) -> bool:
@@ -217,10 +224,16 @@ class Pictures:
     """Turns decoded pictures into frames of yuv420p or NV12, 8 bits.
 
     Live sinks take nothing else, so other formats are converted once, at the entrance.
+
+    Args:
+        stream: where the pictures come from; tells their rate.
+        known: what they were on the last connection; equal ones keep its rate, so that an
+            estimate that comes out a little different does not plan every model anew.
     """
 
-    def __init__(self, stream: Any = None) -> None:
+    def __init__(self, stream: Any = None, known: FrameSpec | None = None) -> None:
         self._stream = stream
+        self._known = known
         self._key: tuple[Any, ...] = ()
         self._spec: FrameSpec | None = None
         self._converter: Converter | None = None
@@ -249,7 +262,7 @@ class Pictures:
             )
         found = None if self._stream is None else self._stream.average_rate
         rate = Fraction(found) if found is not None and 0 < found <= 1000 else None
-        return FrameSpec(
+        spec = FrameSpec(
             width=picture.width,
             height=picture.height,
             format=PIXEL_FORMATS[name],
@@ -257,6 +270,10 @@ class Pictures:
             time_base=TIME_BASE,
             rate=rate,
         )
+        known = self._known
+        if known is not None and replace(spec, rate=known.rate) == known:
+            return known
+        return spec
 
     def _convert(self, picture: av.VideoFrame, color: Color) -> av.VideoFrame:
         assert self._spec is not None

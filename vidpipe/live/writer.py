@@ -10,6 +10,7 @@ import av.container
 
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.live.audio import RATE, AudioReader, Chunk, Samples, Track
+from vidpipe.live.rtp import PAYLOAD, RtpWriter
 from vidpipe.media.convert import Converter, frame_from
 
 TIME_BASE = Fraction(1, 90000)
@@ -23,7 +24,7 @@ class LiveWriter:
     """Encodes and muxes as frames come; nothing is held back.
 
     Args:
-        url: what FFmpeg opens.
+        url: what FFmpeg opens, or a file that is closed with the writer.
         muxer: FFmpeg's name.
         spec: of the first frame; later frames are brought to its size.
         video: options of libx264.
@@ -39,7 +40,7 @@ class LiveWriter:
 
     def __init__(
         self,
-        url: str,
+        url: str | RtpWriter,
         muxer: str,
         spec: FrameSpec,
         *,
@@ -62,8 +63,16 @@ class LiveWriter:
         options = {"max_interleave_delta": "1", "flush_packets": "1", **(options or {})}
         if timeout_s is not None:
             options["rw_timeout"] = str(round(timeout_s * 1e6))
+        self._file = url if isinstance(url, RtpWriter) else None
+        # PyAV's types know files, but not that one method is enough.
+        target: Any = url
         self._out: av.container.OutputContainer = av.open(
-            url, "w", format=muxer, container_options=options, timeout=timeout_s
+            target,
+            "w",
+            format=muxer,
+            container_options=options,
+            timeout=timeout_s,
+            buffer_size=PAYLOAD if self._file else 32768,
         )
         try:
             self._video = self._add_video(video)
@@ -160,4 +169,8 @@ class LiveWriter:
 
     def close(self) -> None:
         """Hang up."""
-        self._out.close()
+        try:
+            self._out.close()
+        finally:
+            if self._file is not None:
+                self._file.close()

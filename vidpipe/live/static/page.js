@@ -120,7 +120,7 @@ function showFilter(filter) {
     $("source").textContent = `${source.state}, ${source.spec || ""}` +
       (source.reason ? ` (${source.reason})` : "") +
       (source.losses ? `, lost ${source.losses} times` : "");
-    $("entrance").textContent = `${source.drops.entrance} of ${source.frames} frames`;
+    $("entrance").textContent = `${source.drops.entrance} of ${source.frames} frames, at the entrance`;
   }
 }
 
@@ -175,15 +175,16 @@ function drawChart(now) {
   const last = history_[history_.length - 1];
   const top = 1.15 * Math.max(10, last.budget, ...history_.map((h) => h.latency ?? 0));
   const most = 1.15 * Math.max(10, ...history_.map((h) => h.rate));
-  const x = (at) => width - ((now - at) / HISTORY_S) * width;
+  const right = width - 46; // the labels of the rate stand beside the curves
+  const x = (at) => right - ((now - at) / HISTORY_S) * right;
   pen.font = "11px system-ui, sans-serif";
   pen.fillStyle = color("--dim");
   pen.strokeStyle = color("--line");
   for (const part of [0.25, 0.5, 0.75]) {
     const y = height * (1 - part);
-    pen.beginPath(); pen.moveTo(0, y); pen.lineTo(width, y); pen.stroke();
+    pen.beginPath(); pen.moveTo(0, y); pen.lineTo(right, y); pen.stroke();
     pen.textAlign = "left"; pen.fillText(`${(top * part).toFixed(0)} ms`, 2, y - 3);
-    pen.textAlign = "right"; pen.fillText(`${(most * part).toFixed(0)} fps`, width - 2, y - 3);
+    pen.textAlign = "right"; pen.fillText(`${(most * part).toFixed(0)} fps`, width - 2, y + 4);
   }
   const line = (name, value, limit, dash = []) => {
     pen.strokeStyle = color(name);

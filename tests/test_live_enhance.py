@@ -1,0 +1,152 @@
+"""The enhance stage: tiers, controls, governor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import modelgen
+import numpy as np
+import pytest
+from livekit import (
+    same,
+)
+
+from vidpipe.errors import InputError, SpecError
+from vidpipe.frame import Frame, FrameSpec
+from vidpipe.live.enhance import Enhance, Enhanced
+from vidpipe.model.stage import Model
+from vidpipe.testing import ManualClock, pattern, spec
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+
+
+@pytest.fixture(scope="module")
+def doubler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that repeats every pixel, so that its pictures are known."""
+    path = str(modelgen.nearest(tmp_path_factory.mktemp("models") / "doubler.onnx", 2))
+    model = Model(model=path)  # ONNX Runtime opens files of its own at its first session
+    model.plan(spec())
+    model.open()
+    model.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(modelgen.random_net(tmp_path_factory.mktemp("models") / "other.onnx", 2))
+
+
+def open_stage(stage: Enhance, first: FrameSpec, clock: ManualClock | None = None) -> Enhance:
+    stage.clock = clock or ManualClock()
+    stage.plan(first)
+    stage.open()
+    return stage
+
+
+def one(stage: Enhance, frame: Frame) -> Enhanced:
+    (out,) = stage.process(frame)
+    assert isinstance(out, Enhanced)
+    return out
+
+
+def test_the_enhance_stage_gives_the_models_own_pictures(doubler: str) -> None:
+    stage = open_stage(Enhance(tiers=[doubler], latency_budget_s=5), spec())
+    frame = pattern(spec(), 3)
+    frame.captured_s = 1.5
+    out = one(stage, frame)
+    model = Model(model=doubler)
+    model.plan(spec())
+    model.open()
+    (wanted,) = model.process(frame)
+    assert same(out.planes, wanted.planes)
+    assert (out.pts, out.captured_s, out.before) == (frame.pts, 1.5, frame)
+    model.close()
+    stage.close()
+
+
+def test_controls_act_from_the_next_frame_on(doubler: str, other: str) -> None:
+    stage = open_stage(Enhance(tiers=[other, doubler], latency_budget_s=5), spec())
+    frame = pattern(spec(), 1)
+    best = one(stage, frame).planes
+    stage.controls.change({"tier": doubler})
+    double = one(stage, frame).planes
+    assert not same(best, double)
+    stage.controls.change({"tier": "scale"})
+    plain = one(stage, frame).planes
+    stage.controls.change({"tier": other, "enabled": False})
+    assert same(one(stage, frame).planes, plain)
+    stage.controls.change({"enabled": True, "strength": 0.0})
+    assert same(one(stage, frame).planes, plain)
+    stage.controls.change({"strength": 1.0, "wipe": 0.5})
+    wiped = one(stage, frame).planes
+    assert np.array_equal(wiped[0][:, :63], plain[0][:, :63])
+    assert np.array_equal(wiped[0][:, 65:], best[0][:, 65:])
+    stage.controls.change({"wipe": None, "frozen": True})
+    held = one(stage, frame)
+    later = one(stage, pattern(spec(), 9))
+    assert same(later.planes, held.planes)
+    assert later.pts == 9
+    stage.close()
+
+
+def test_a_models_own_strength_is_set(tmp_path: Path) -> None:
+    path = Path("vidpipe/models/clean-2x-nano.onnx")
+    if not path.is_file():
+        pytest.skip("the built-in models are not there")
+    stage = open_stage(Enhance(tiers=[str(path)], latency_budget_s=5, strength=0.25), spec())
+    one(stage, pattern(spec(), 1))
+    assert stage.models[0].strength == 0.25
+    stage.controls.change({"strength": 0.5})
+    one(stage, pattern(spec(), 1))
+    assert stage.models[0].strength == 0.5
+    stage.close()
+
+
+def test_tiers_must_agree_and_the_budget_must_make_sense(doubler: str, tmp_path: Path) -> None:
+    triple = str(modelgen.nearest(tmp_path / "triple.onnx", 3))
+    with pytest.raises(SpecError, match=r"tier '.*triple\.onnx' makes 192x144"):
+        Enhance(tiers=[doubler, triple]).plan(spec())
+    with pytest.raises(InputError, match="latency budget"):
+        Enhance(tiers=[doubler], latency_budget_s=0)
+    with pytest.raises(InputError, match="Known: auto"):
+        Enhance(tiers=[doubler], tier="best")
+
+
+def test_the_stage_steps_down_at_once_and_says_so(doubler: str, other: str) -> None:
+    clock = ManualClock(10.0)
+    stage = open_stage(Enhance(tiers=[other, doubler], latency_budget_s=0.05), spec(), clock)
+    events: list[dict[str, Any]] = []
+    stage.notify = events.append
+    stage.name = "enhance"
+    for number in range(3):
+        in_time = pattern(spec(), number)
+        in_time.captured_s = clock.now_s()
+        one(stage, in_time)
+    assert stage.tier == other
+    for number in (3, 4):
+        late = pattern(spec(), number)
+        late.captured_s = clock.now_s() - 0.2
+        one(stage, late)
+    assert stage.tier == doubler
+    on_time = pattern(spec(), 5)
+    on_time.captured_s = clock.now_s()
+    one(stage, on_time)
+    assert [(e["event"], e["from"], e["to"]) for e in events] == [("tier", other, doubler)]
+    assert "budget 50 ms" in events[0]["reason"]
+    stage.controls.change({"tier": other})
+    one(stage, pattern(spec(), 6))
+    assert (events[-1]["to"], events[-1]["reason"]) == (other, "chosen")
+    assert len(events) == 2
+    stage.close()
+
+
+def test_kept_pictures_stay_what_they_were(doubler: str) -> None:
+    stage = open_stage(Enhance(tiers=[doubler], latency_budget_s=5), spec())
+    kept = [one(stage, pattern(spec(), n)) for n in range(8)]
+    copies = [[p.copy() for p in k.planes] for k in kept]
+    for n in range(8, 20):
+        one(stage, pattern(spec(), n))
+    for frame, copy in zip(kept, copies, strict=True):
+        assert same(frame.planes, tuple(copy))
+    stage.close()

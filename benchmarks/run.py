@@ -24,7 +24,7 @@ from vidpipe.frame import Frame
 from vidpipe.media.convert import frame_from
 from vidpipe.model.compile import compile_model, output_spec
 from vidpipe.model.descriptor import describe, find_model
-from vidpipe.model.session import CPU_PROVIDER, CpuSession, default_threads, import_onnxruntime
+from vidpipe.model.session import CPU_PROVIDER, HostSession, default_threads, import_onnxruntime
 from vidpipe.model.stage import DEFAULT_STRENGTH
 
 
@@ -33,7 +33,7 @@ def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
     frames = list(vidpipe.read(clip))
     spec = frames[0].spec
     descriptor = describe(find_model(model))
-    session = CpuSession(compile_model(descriptor, spec), strength=DEFAULT_STRENGTH)
+    session = HostSession(compile_model(descriptor, spec), strength=DEFAULT_STRENGTH)
     out_spec = output_spec(descriptor, spec)
     buffers = [np.empty(s, spec.format.dtype) for s in out_spec.plane_shapes()]
     session.bind(0, buffers)

@@ -18,7 +18,7 @@ from vidpipe.frame import PIXEL_FORMATS, ChromaSite, Color, FrameSpec, Matrix, R
 from vidpipe.model import color
 from vidpipe.model.compile import compile_model, output_spec
 from vidpipe.model.descriptor import Descriptor, describe
-from vidpipe.model.session import CpuSession
+from vidpipe.model.session import HostSession
 from vidpipe.testing import pattern
 
 Array = np.ndarray[Any, Any]
@@ -55,7 +55,7 @@ def through_graph(
 ) -> list[Array]:
     compiled = compile_model(model, spec, portable=portable)
     outputs = [np.full(t.plane_shape, 7, t.dtype) for t in compiled.outputs]
-    session = CpuSession(compiled, threads=1)
+    session = HostSession(compiled, threads=1)
     session.bind(0, outputs)
     session.run(0, planes)
     session.close()

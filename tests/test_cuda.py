@@ -356,5 +356,31 @@ def test_interlaced_pictures_in_the_middle_go_on_in_software(tmp_path: Path) -> 
     report = Pipeline(graph).run()
     assert [f.pts for f in sink.frames] == [f.pts for f in expected], report.notes
     for ours, theirs in zip(sink.frames, expected, strict=True):
-        # MPEG-2 leaves the rounding of the inverse DCT open by one code.
-        assert np.abs(host(ours)[0].astype(int) - theirs.planes[0].astype(int)).max() <= 3
+        # MPEG-2 leaves the rounding of the inverse DCT open, and the errors add up.
+        assert psnr(host(ours)[0], np.asarray(theirs.planes[0]), theirs.spec) > 45
+
+
+def test_a_memory_limit_shortens_rings_and_cuts_tiles() -> None:
+    spec = spec_of("nv12", 1280, 720)
+    frames = [smooth(spec, pts) for pts in range(6)]
+
+    def limited(bytes_: int | None) -> tuple[list[Frame], Any]:
+        graph = Graph("limited").add("in", FrameSource(spec, iter(frames)))
+        graph.add("double", Model(model="fast-2x", device="cuda"), "in")
+        sink = Collect()
+        graph.add("out", sink, "double")
+        report = Pipeline(graph, vram_limit=bytes_).run()
+        assert not report.problems
+        return sink.frames, report
+
+    whole, report = limited(None)
+    assert not report.stage("double").facts["tiles"]
+    assert not report.notes
+    tiles, report = limited(60 << 20)
+    assert report.stage("double").facts["tiles"]
+    assert any("are shorter" in note for note in report.notes)
+    for a, b in zip(whole, tiles, strict=True):
+        for plane, other in zip(host(a), host(b), strict=True):
+            assert psnr(plane, other, a.spec) > 50
+    with pytest.raises(VidpipeError, match="the frames alone need"):
+        limited(4 << 20)

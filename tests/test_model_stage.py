@@ -18,7 +18,7 @@ from vidpipe.errors import DeviceError, MissingExtraError, ModelError, SpecError
 from vidpipe.frame import Color, Frame, FrameSpec, Range, pixel_format
 from vidpipe.model.compile import compile_model
 from vidpipe.model.descriptor import describe
-from vidpipe.model.session import CpuSession
+from vidpipe.model.session import HostSession
 from vidpipe.model.stage import Model, mean_change
 from vidpipe.stage import options_of, stage_class
 from vidpipe.testing import pattern, spec
@@ -56,6 +56,9 @@ def test_it_is_registered_with_its_options() -> None:
         "model": (str, True),
         "strength": (float | None, False),
         "device": (str, False),
+        "prefer": (str, False),
+        "allow_cpu_nodes": (bool, False),
+        "chosen": (str, False),
         "threads": (int, False),
         "tile": (str, False),
         "memory_limit": (str | None, False),
@@ -228,7 +231,7 @@ def test_half_precision_models_run(tmp_path: Path) -> None:
     compiled = compile_model(describe(half), given, widen=False)
     assert [n.op_type for n in compiled.proto.graph.node].count("Cast") == 3
     out = np.empty((24, 40), np.uint8)
-    session = CpuSession(compiled)
+    session = HostSession(compiled)
     session.bind(0, [out])
     session.run(0, pattern(given, 1).planes)
     assert np.abs(out.astype(int) - luma(single)).max() <= 1

@@ -16,16 +16,17 @@ from vidpipe import errors
 PACKAGE = Path(vidpipe.__file__).parent
 
 LAYERS = [
-    {"errors", "clock", "interrupts"},
+    {"errors", "clock", "interrupts", "trace"},
     {"device"},
     {"frame"},
-    {"function", "link", "stage", "transfer"},
+    {"function", "link", "providers", "stage", "transfer"},
     {"model", "media"},
     {"graph"},
     {"pipeline"},
-    {"api", "compare", "live"},
+    {"api", "compare", "doctor", "live", "machine", "segments", "warm"},
     {"testing"},
-    {"cli"},
+    {"bench"},
+    {"cli", "commands"},
 ]
 """Modules may import from earlier layers and from their own."""
 

@@ -37,6 +37,14 @@ LENGTH = 20  # frames in a rendered clip
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """What a set is made of: mean and spread of libx264's CRF, share of clips of one size."""
+
+    crf: tuple[float, float] = (27.5, 4.5)
+    same: float = 0.25
+
+
+@dataclass(frozen=True, slots=True)
 class Encoding:
     """One setting of a real encoder."""
 
@@ -47,13 +55,13 @@ class Encoding:
     tune: str | None = None
 
     @staticmethod
-    def draw(rng: np.random.Generator) -> Encoding:
+    def draw(rng: np.random.Generator, mix: Mix) -> Encoding:
         """Mostly H.264 in its common settings; qualities weighted to the middle."""
         keyint = int(rng.choice([250, 250, 250, 12]))
         if rng.random() < 0.25:
             preset = str(rng.choice(["ultrafast", "superfast", "fast", "medium"]))
             return Encoding("libx265", int(rng.integers(20, 39)), preset, keyint)
-        crf = int(np.clip(rng.normal(27.5, 4.5), 17, 39).round())
+        crf = int(np.clip(rng.normal(*mix.crf), 17, 39).round())
         preset = str(
             rng.choice(["ultrafast", "veryfast", "fast", "medium", "medium", "medium", "slow"])
         )
@@ -211,7 +219,7 @@ def _draw_kernel(rng: np.random.Generator) -> NDArray[np.float64]:
 
 def _add(
     writer: BankWriter, truth: list[Picture], small: list[Picture], rng: np.random.Generator,
-    count: int, weight: float,
+    count: int, weight: float, mix: Mix,
 ) -> None:  # fmt: skip
     """Encode `small` and store some frames; `truth` is `small` itself for banks of one size."""
     sent = small
@@ -219,7 +227,7 @@ def _add(
     if rng.random() < 0.1:
         sigma = float(rng.uniform(3, 12))
         sent = [_noisy(picture, sigma, rng) for picture in small]
-    decoded, keys = round_trip(sent, Encoding.draw(rng))
+    decoded, keys = round_trip(sent, Encoding.draw(rng, mix))
     for i in _chosen(rng, keys, count):
         planes = {"lr": decoded[i], "clean": small[i].y, "hr": truth[i].y}
         writer.add(weight * decoded[i].size, **{name: planes[name] for name in writer.layers})
@@ -244,7 +252,9 @@ def _clip(path: Path) -> tuple[tuple[Picture, ...], ...]:
     return tuple(tuple(s) for s in seconds if len(s) >= 8)
 
 
-def _still_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWriter) -> None:
+def _still_job(
+    job: int, seed: int, root: Path, double: BankWriter, same: BankWriter, mix: Mix
+) -> None:
     rng = np.random.default_rng((seed, job))
     stills = pictures.photos(root, validation=False)
     path = stills[int(rng.integers(len(stills)))]
@@ -252,7 +262,7 @@ def _still_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWr
         picture = pictures.lettering(int(rng.integers(1 << 30)), 1280, 720)
     else:
         picture = _photo(path)
-    own_size = rng.random() < 0.25
+    own_size = rng.random() < mix.same
     width, height = (448, 320) if own_size else (768, 576)
     if picture.y.shape[0] < height or picture.y.shape[1] < width:
         return
@@ -262,13 +272,15 @@ def _still_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWr
         if other.y.shape[0] >= height and other.y.shape[1] >= width:
             frames = overlay(frames, render(other, rng, width, height), rng)
     if own_size:
-        _add(same, frames, frames, rng, 4, 1.0)
+        _add(same, frames, frames, rng, 4, 1.0, mix)
     else:
         kernel = _draw_kernel(rng)
-        _add(double, frames, [_halved(picture, kernel) for picture in frames], rng, 4, 1.0)
+        _add(double, frames, [_halved(picture, kernel) for picture in frames], rng, 4, 1.0, mix)
 
 
-def _clip_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWriter) -> None:
+def _clip_job(
+    job: int, seed: int, root: Path, double: BankWriter, same: BankWriter, mix: Mix
+) -> None:
     rng = np.random.default_rng((seed, job))
     paths = pictures.clips(root, validation=False)
     seconds = _clip(paths[job % len(paths)])
@@ -278,7 +290,7 @@ def _clip_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWri
     if factor != 1.0 and min(height, width) >= 320:
         frames = [pictures.scaled(picture, factor) for picture in frames]
     height, width = frames[0].y.shape
-    own_size = rng.random() < 0.25
+    own_size = rng.random() < mix.same
     cut_h, cut_w = min(height, 640 if own_size else 720), min(width, 960)
     top = int(rng.integers(height - cut_h + 1)) // 4 * 4
     left = int(rng.integers(width - cut_w + 1)) // 4 * 4
@@ -290,14 +302,14 @@ def _clip_job(job: int, seed: int, root: Path, double: BankWriter, same: BankWri
 
     frames = [cut(picture) for picture in frames]
     if own_size:
-        _add(same, frames, frames, rng, 4, 0.6)
+        _add(same, frames, frames, rng, 4, 0.6, mix)
     else:
         kernel = _draw_kernel(rng)
-        _add(double, frames, [_halved(picture, kernel) for picture in frames], rng, 6, 1.0)
+        _add(double, frames, [_halved(picture, kernel) for picture in frames], rng, 6, 1.0, mix)
 
 
-def _work(arguments: tuple[int, int, int, int, Path, Path, float]) -> int:
-    worker, workers, jobs, seed, root, out, deadline = arguments
+def _work(arguments: tuple[int, int, int, int, Path, Path, float, Mix]) -> int:
+    worker, workers, jobs, seed, root, out, deadline, mix = arguments
     double = BankWriter(out / f"double-{worker}", DOUBLE)
     same = BankWriter(out / f"same-{worker}", SAME)
     for job in range(worker, jobs, workers):
@@ -305,19 +317,21 @@ def _work(arguments: tuple[int, int, int, int, Path, Path, float]) -> int:
             break
         # Every fourth job of a worker, and different clips for neighbouring workers.
         if (job // workers) % 4 == 2:
-            _clip_job(job, seed, root, double, same)
+            _clip_job(job, seed, root, double, same, mix)
         else:
-            _still_job(job, seed, root, double, same)
+            _still_job(job, seed, root, double, same, mix)
     double.close()
     same.close()
     return len(double.index) + len(same.index)
 
 
-def make_pairs(root: Path, out: Path, jobs: int, seed: int, seconds: float, workers: int) -> None:
+def make_pairs(
+    root: Path, out: Path, jobs: int, seed: int, seconds: float, workers: int, mix: Mix
+) -> None:
     """Run all jobs, or as many as `seconds` allow, and mark the folder complete."""
     deadline = time.monotonic() + seconds
     started = time.monotonic()
-    parts = [(w, workers, jobs, seed, root, out, deadline) for w in range(workers)]
+    parts = [(w, workers, jobs, seed, root, out, deadline, mix) for w in range(workers)]
     with ProcessPoolExecutor(workers) as pool:
         made = sum(pool.map(_work, parts))
     (out / "DONE").touch()
@@ -335,9 +349,21 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--crf", type=float, nargs=2, default=Mix().crf, help="mean and spread of libx264's CRF"
+    )
+    parser.add_argument(
+        "--same", type=float, default=Mix().same, help="share of clips encoded at their own size"
+    )
     options = parser.parse_args()
     make_pairs(
-        options.root, options.out, options.jobs, options.seed, options.seconds, options.workers
+        options.root,
+        options.out,
+        options.jobs,
+        options.seed,
+        options.seconds,
+        options.workers,
+        Mix((options.crf[0], options.crf[1]), options.same),
     )
 
 

@@ -5,8 +5,12 @@
 
 The learning rate follows the share of `--total` seconds that have been trained: a short warm-up,
 then half a cosine down to nearly nothing. A run of fewer `--seconds` stops in between and is
-resumed with `--resume`; `--reset` takes the weights alone and begins a schedule of its own. On a
-CUDA device one whole step, from the crop to the optimizer, is one CUDA graph.
+resumed with `--resume`; `--reset` takes the weights alone and begins a schedule of its own. `--span
+A B` says instead which part of the schedule, from 0 to 1, this run covers, however long it takes.
+On a CUDA device one whole step, from the crop to the optimizer, is one CUDA graph.
+
+A checkpoint holds the moving average of the weights and nothing else that a run needs again: the
+optimizer forgets within a hundred steps what it held.
 """
 
 from __future__ import annotations
@@ -20,16 +24,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from training import degrade
 from training.data import Bank
+from training.loss import GROUP, Fidelity, loss_of
 from training.networks import SPECS, NetSpec, PlaneNet, parameters
 
 EMA_DECAY = 0.999
-CHARBONNIER = 1e-3
-LOG_FLOOR = 0.3 / 219  # a third of a code: errors that rounding hides need no work
-CONTRAST_WEIGHT = 0.3
+EASE_S = 3.0  # a run begins without the optimizer's memory, so its first seconds go slowly
 
 
 class Batch(NamedTuple):
@@ -54,9 +56,11 @@ def upscale_batches(bank: Bank, count: int, size: int) -> Callable[[], Batch]:
     return batch
 
 
-def restore_double_batches(bank: Bank, pairs: Bank, count: int, size: int) -> Callable[[], Batch]:
-    """Two thirds coded pairs; the rest halved, a little of it blurred and a fifth with noise."""
-    coded = round(0.66 * count)
+def restore_double_batches(
+    bank: Bank, pairs: Bank, count: int, size: int, share: float
+) -> Callable[[], Batch]:
+    """A share of coded pairs; the rest halved, a little of it blurred and a fifth with noise."""
+    coded = round(share * count)
     halver = degrade.Halver(size, bank.device, blurred=True)
 
     def batch() -> Batch:
@@ -76,10 +80,11 @@ def restore_double_batches(bank: Bank, pairs: Bank, count: int, size: int) -> Ca
 
 
 def restore_same_batches(
-    bank: Bank, double: Bank, same: Bank, count: int, size: int
+    bank: Bank, double: Bank, same: Bank, count: int, size: int, coded: float
 ) -> Callable[[], Batch]:
-    """Coded at the halved size and at its own size, two fifths each; the rest noise only."""
-    first, second = round(0.4 * count), round(0.42 * count)
+    """A share `coded`, half of it of halved and half of whole pictures; the rest noise only."""
+    first = round(coded / 2 * count)
+    second = round(coded * count) - first
 
     def batch() -> Batch:
         a, b = double.crop(first, size), same.crop(second, size)
@@ -103,45 +108,23 @@ def batches(
     bank = Bank([options.bank], {"hr": 1}, device)
     if spec.task == "upscale":
         return upscale_batches(bank, options.batch, options.size)
+    limit = time.monotonic() + options.seconds
     while not (options.pairs / "DONE").exists():
+        if time.monotonic() > limit:
+            raise RuntimeError(f"{options.pairs}: no pairs after {options.seconds:.0f} s")
         time.sleep(0.5)
     folders = [p for p in sorted(options.pairs.glob("double-*")) if (p / "index.json").exists()]
     if spec.scale == 2:
         pairs = Bank(folders, {"lr": 1, "hr": 2}, device)
-        return restore_double_batches(bank, pairs, options.batch, options.size)
+        return restore_double_batches(
+            bank, pairs, options.batch, options.size, options.coded or 0.66
+        )
     own = [p for p in sorted(options.pairs.glob("same-*")) if (p / "index.json").exists()]
     double = Bank(folders, {"lr": 1, "clean": 1}, device)
     same = Bank(own, {"lr": 1, "clean": 1}, device)
-    return restore_same_batches(bank, double, same, options.batch, options.size)
-
-
-def loss_of(name: str, out: Tensor, truth: Tensor, coded: int) -> Tensor:
-    """The loss of planes (N, 1, H, W) in 0..1, of which the first `coded` were compressed.
-
-    `charbonnier`: a smooth mean absolute error. `mse`: the squared error.
-    `log`: the mean over the crops of the logarithm of their squared error, so that every crop
-    counts by its decibels and smooth pictures as much as rich ones.
-    `contrast`: `log`, and on the coded crops the difference of the local standard deviations,
-    against the flatness that a squared error alone favours where detail is lost.
-    """
-    error = out - truth
-    squared = error * error
-    if name == "charbonnier":
-        return (squared + CHARBONNIER**2).sqrt().mean()
-    if name == "mse":
-        return 20 * squared.mean()
-    loss = 0.01 * torch.log(squared.mean((1, 2, 3)) + LOG_FLOOR**2).mean()
-    if name == "contrast":
-        difference = (_deviation(out[:coded]) - _deviation(truth[:coded])).abs().mean()
-        loss = loss + CONTRAST_WEIGHT * coded / out.shape[0] * difference
-    return loss
-
-
-def _deviation(planes: Tensor) -> Tensor:
-    """Standard deviation in windows of 8x8, four pixels apart."""
-    mean = functional.avg_pool2d(planes, 8, 4)
-    square = functional.avg_pool2d(planes * planes, 8, 4)
-    return ((square - mean * mean).clamp(min=0) + 1e-5).sqrt()
+    return restore_same_batches(
+        bank, double, same, options.batch, options.size, options.coded or 0.82
+    )
 
 
 def learning_rate(peak: float, progress: float) -> float:
@@ -167,55 +150,33 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.weights, lr=rate, betas=(0.9, 0.99), fused=self.cuda, capturable=self.cuda
         )
+        self.fidelity = Fidelity(spec.scale * options.size, device)
         self.trained_s = 0.0
         self.steps = 0
         self.loss_sum = torch.zeros((), device=device)
 
     def resume(self, path: Path) -> None:
-        """Take up weights, average and optimizer state from a checkpoint."""
+        """Take up the averaged weights of a checkpoint, and the time trained unless reset."""
         state = torch.load(path, map_location=self.device, weights_only=True)
         names = [name for name, _ in self.net.named_parameters()]
         with torch.no_grad():
             for weight, average, name in zip(self.weights, self.average, names, strict=True):
-                weight.copy_(state["weights"][name])
+                weight.copy_(state["average"][name])
                 average.copy_(state["average"][name])
         if not self.options.reset:
             self.trained_s, self.steps = state["trained_s"], state["steps"]
-            for weight, name in zip(self.weights, names, strict=True):
-                first, second = state["moments"][name]
-                step = torch.tensor(
-                    float(state["steps"]), device=self.device if self.cuda else "cpu"
-                )
-                self.optimizer.state[weight] = {
-                    "step": step,
-                    "exp_avg": torch.empty_like(weight).copy_(first.float()),
-                    "exp_avg_sq": torch.empty_like(weight).copy_(second.float()),
-                }
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint; the moments are kept in bfloat16, which halves them."""
+        """Write a checkpoint, whole or not at all."""
         names = [name for name, _ in self.net.named_parameters()]
-
-        def packed(value: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-            return value.detach().to("cpu", dtype).contiguous()
-
-        moments = {}
-        for weight, name in zip(self.weights, names, strict=True):
-            state = self.optimizer.state[weight]
-            moments[name] = tuple(
-                packed(state[k], torch.bfloat16) for k in ("exp_avg", "exp_avg_sq")
-            )
-        torch.save(
-            {
-                "model": self.spec.name,
-                "weights": {n: packed(w) for n, w in zip(names, self.weights, strict=True)},
-                "average": {n: packed(w) for n, w in zip(names, self.average, strict=True)},
-                "moments": moments,
-                "trained_s": self.trained_s,
-                "steps": self.steps,
-            },
-            path,
-        )
+        average = {
+            name: value.detach().to("cpu", torch.float32).contiguous()
+            for name, value in zip(names, self.average, strict=True)
+        }
+        state = {"model": self.spec.name, "average": average}
+        part = path.with_suffix(".part")
+        torch.save(state | {"trained_s": self.trained_s, "steps": self.steps}, part)
+        part.replace(path)
 
     def step(self, source: Callable[[], Batch], forward: Callable[[Batch], Tensor]) -> None:
         """One update. Holds no host synchronisation, so that a CUDA graph can record it."""
@@ -239,7 +200,13 @@ class Trainer:
             self.device.type, dtype=torch.bfloat16, enabled=self.cuda, cache_enabled=False
         ):
             out = self.net(small, strength)
-        return loss_of(self.options.loss, out, batch.truth, batch.coded)
+        loss = loss_of(self.options.loss, out, batch.truth, batch.coded, batch.small)
+        if self.options.fidelity:
+            # Where a part is coded the rest, clean, has little to gain and keeps its decibels.
+            part = batch.coded // GROUP * GROUP or out.shape[0]
+            lost = self.fidelity(out[:part], batch.truth[:part])
+            loss = loss + self.options.fidelity * part / out.shape[0] * lost
+        return loss
 
     def recorded(self, source: Callable[[], Batch]) -> Callable[[], None]:
         """A callable that does one step: compiled and recorded where the options say so."""
@@ -271,12 +238,12 @@ class Trainer:
         """Train until the monotonic clock reads `deadline` or the schedule is at its end."""
         options = self.options
         total = options.total or options.seconds
-        self.set_rate(learning_rate(options.lr, self.trained_s / total))
+        self.set_rate(0.05 * options.lr)
         step = self.recorded(source)
         self.loss_sum.zero_()
-        begun = last = said = time.monotonic()
+        begun = last = said = saved = time.monotonic()
         before, chunk, since, said_steps = self.trained_s, 20, 0, self.steps
-        while time.monotonic() < deadline and self.trained_s < total:
+        while time.monotonic() < deadline and (options.span or self.trained_s < total):
             if options.max_steps and self.steps >= options.max_steps:
                 break
             for _ in range(chunk):
@@ -288,12 +255,18 @@ class Trainer:
             self.trained_s = before + now - begun
             if options.max_steps:
                 progress = self.steps / options.max_steps
+            elif options.span:
+                first, end = options.span
+                progress = first + (end - first) * (now - begun) / max(deadline - begun, 1.0)
             else:
                 progress = self.trained_s / total
-            self.set_rate(learning_rate(options.lr, progress))
+            ease = min(1.0, 0.05 + (now - begun) / EASE_S)
+            self.set_rate(ease * learning_rate(options.lr, progress))
             # Few enough steps between two looks at the clock, many enough not to wait often.
             chunk = max(1, min(200, int(chunk * 0.5 / max(now - last, 1e-3)) + 1))
             last = now
+            if not math.isfinite(mean):
+                raise RuntimeError(f"{self.spec.name}: the loss is {mean} at step {self.steps}")
             if now - said > options.log_s:
                 pace = (self.steps - said_steps) / (now - said)
                 print(
@@ -303,8 +276,9 @@ class Trainer:
                 )
                 said, said_steps, since = now, self.steps, 0
                 self.loss_sum.zero_()
-            if not math.isfinite(mean):
-                raise RuntimeError(f"{self.spec.name}: the loss is {mean} at step {self.steps}")
+            if now - saved > options.save_s:
+                self.save(options.out)
+                saved = now
 
 
 def arguments() -> argparse.Namespace:
@@ -320,19 +294,34 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=float, required=True, help="wall time of this run, at most"
     )
     parser.add_argument("--total", type=float, help="trained seconds that the schedule spans")
+    parser.add_argument(
+        "--span", type=float, nargs=2, help="first and last share of the schedule, in this run"
+    )
     parser.add_argument("--max-steps", type=int, help="let steps instead of time set the schedule")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--size", type=int, default=96, help="crop size in input pixels, even")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
-        "--loss", choices=["charbonnier", "mse", "log", "contrast"], default="charbonnier"
+        "--loss",
+        choices=["charbonnier", "mse", "log", "contrast", "relative"],
+        default="charbonnier",
+    )
+    parser.add_argument(
+        "--coded", type=float, help="share of coded crops; 0.66 for clean-2x, 0.82 for clean-1x"
+    )
+    parser.add_argument(
+        "--fidelity", type=float, default=0.0, help="weight of one lost point of VMAF-NEG"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-s", type=float, default=20.0)
-    return parser.parse_args()
+    parser.add_argument("--save-s", type=float, default=45.0, help="time between checkpoints")
+    options = parser.parse_args()
+    if options.fidelity and options.batch % GROUP:
+        parser.error(f"--batch is {options.batch}: --fidelity needs a multiple of {GROUP}")
+    return options
 
 
 def main() -> None:

@@ -7,17 +7,25 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vidpipe.device import CPU
 from vidpipe.errors import GraphError, InputError, SpecError, did_you_mean
 from vidpipe.frame import Color, Frame, FrameSpec, Matrix, Range, pixel_format
-from vidpipe.graph import Graph
+from vidpipe.graph import Graph, Node
 from vidpipe.link import Link, LinkClosed
 from vidpipe.pipeline import Pipeline, Report
+from vidpipe.providers import Target
 from vidpipe.stage import FrameSource, Sink, options_of
+
+if TYPE_CHECKING:
+    from vidpipe.model.choose import Choice
+    from vidpipe.segments import SplitRun
+    from vidpipe.trace import Tracer
 
 QUALITIES = ("nano", "fast", "quality")
 PathLike = str | os.PathLike[str]
@@ -40,7 +48,7 @@ def model_chain(
         denoise: strength of noise and artefact removal, 0 to 1; None is all of it.
         quality: tier of the built-in models: "nano", "fast" or "quality"; by default the one
             that suits the device, nano on a CPU and fast on a GPU.
-        device: where the models will run.
+        device: what the models will run on, as `--device` takes it; "auto" counts as a CPU.
 
     Returns:
         Options of each stage, with "use" among them. Enlarging is repeated until the picture
@@ -53,7 +61,8 @@ def model_chain(
     from vidpipe.model.descriptor import describe, find_model
 
     if quality is None:
-        quality = "nano" if device in (None, "auto", "cpu") else "fast"
+        on_gpu = device not in (None, "auto") and Target.parse(str(device)).kind == "gpu"
+        quality = "fast" if on_gpu else "nano"
     if quality not in QUALITIES:
         raise InputError(f"quality is '{quality}'", hint=f"Use {', '.join(QUALITIES)}")
     if denoise is not None and not 0 <= denoise <= 1:
@@ -98,6 +107,8 @@ def build_graph(
     scale: float | None = None,
     denoise: float | None = None,
     quality: str | None = None,
+    device: str | None = None,
+    prefer: str = "speed",
     overrides: Sequence[str] = (),
     **options: Any,
 ) -> Graph:
@@ -109,21 +120,34 @@ def build_graph(
         graph: name of a shipped graph or path of a TOML file; by default decode, the chain
             of `model_chain`, encode.
         model, scale, denoise, quality: see `model_chain`.
+        device: what the models run on, such as "cpu", "cuda:1" or "openvino"; the decoder
+            leaves the frames where that takes them. None and "auto" choose by what is there
+            and by a short measurement, for the stages that say nothing themselves.
+        prefer: "speed", "latency" or "efficiency".
         overrides: "stage.key=value" each; they win over everything else.
-        options: options of the decode, model and encode stages, such as `start_s`, `device`
+        options: options of the decode, model and encode stages, such as `start_s`, `threads`
             or `crf`; each goes to all the stages that take it.
 
     Raises:
         GraphError: the graph is wrong or does not fit the other arguments.
+        DeviceError: the device is not known, or nothing can run models here.
     """
+    from vidpipe.model.choose import choose
+
+    def choice_for(first: str) -> Choice:
+        threads = options.get("threads") or 0
+        return choose(device, first, partial(_size_of, source), prefer=prefer, threads=threads)
+
+    choice: Choice | None = None
     if graph is None:
-        built = _file_graph(
-            model=model,
-            scale=scale,
-            denoise=denoise,
-            quality=quality,
-            device=options.get("device"),
-        )
+        request: dict[str, Any] = {
+            "model": model,
+            "scale": scale,
+            "denoise": denoise,
+            "quality": quality,
+        }
+        choice = choice_for(str(model_chain(**request)[0]["model"]))
+        built = _file_graph(**request, device=choice.device)
     else:
         if scale is not None:
             raise GraphError(
@@ -140,8 +164,17 @@ def build_graph(
             if value is not None:
                 built.set(nodes[0].name, key, str(value) if key == "model" else value)
     _set_everywhere(built, options)
+    if prefer != "speed":
+        _set_everywhere(built, {"prefer": prefer})
+    if device not in (None, "auto"):
+        _place(built, choice or choice_for(""), [*built.using("decode"), *built.using("model")])
     for assignment in overrides:
         built.override(assignment)
+    unplaced = [n for n in built.using("model") if n.options.get("device", "auto") == "auto"]
+    if unplaced:
+        choice = choice or choice_for(str(unplaced[0].options.get("model", "nano-2x")))
+        decoders = [n for n in built.using("decode") if "device" not in n.options]
+        _place(built, choice, [*decoders, *unplaced])
     for node in built.using("decode"):
         if source is not None:
             node.options.setdefault("path", str(source))
@@ -155,6 +188,33 @@ def build_graph(
         built.set(open_ends[0], "path", str(destination))
     built.validate()
     return built
+
+
+def _size_of(source: PathLike | None) -> tuple[int, int] | None:
+    """Return (width, height) of a file's picture, from its header."""
+    from vidpipe.errors import VidpipeError
+    from vidpipe.media.probe import open_input, pick_video
+
+    if source is None:
+        return None
+    try:
+        with open_input(Path(source)) as container:
+            video = pick_video(container, Path(source))
+            return video.codec_context.width, video.codec_context.height
+    except VidpipeError:  # the decode stage will say it better
+        return None
+
+
+def _place(graph: Graph, choice: Choice, nodes: Iterable[Node]) -> None:
+    """Set where models run, and let decoders leave the frames there."""
+    for node in nodes:
+        if node.use == "decode":
+            if choice.place != CPU:
+                graph.set(node.name, "device", str(choice.place))
+        else:
+            graph.set(node.name, "device", choice.device)
+            if choice.reason:
+                graph.set(node.name, "chosen", choice.reason)
 
 
 def _file_graph(**request: Any) -> Graph:
@@ -194,7 +254,7 @@ def enhance(
     source: PathLike,
     destination: PathLike,
     *,
-    progress: Callable[[Pipeline], None] | None = None,
+    progress: Callable[[Pipeline | SplitRun], None] | None = None,
     **options: Any,
 ) -> Report:
     """Enhance one file into another, as `vidpipe run` does.
@@ -203,7 +263,7 @@ def enhance(
         source: any file that FFmpeg reads.
         destination: .mp4, .mkv, .mov, .webm or .ts; complete when this returns.
         progress: called about five times a second while it runs.
-        options: see `build_graph`.
+        options: see `make_run` and `build_graph`.
 
     Returns:
         What was done; `problems` is empty when everything adds up.
@@ -211,7 +271,37 @@ def enhance(
     Raises:
         VidpipeError: nothing is left under the name of the destination.
     """
-    return Pipeline(build_graph(source, destination, **options)).run(progress)
+    return make_run(source, destination, **options).run(progress)
+
+
+def make_run(
+    source: PathLike,
+    destination: PathLike,
+    *,
+    device: str | None = None,
+    tracer: Tracer | None = None,
+    **options: Any,
+) -> Pipeline | SplitRun:
+    """Return what enhances one file into another, ready to run.
+
+    Args:
+        source, destination: see `enhance`.
+        device: see `build_graph`; "cuda:all" or a list such as "cuda:0,cuda:1" splits the
+            file over several GPUs. A GPU named twice gets two workers, with a decoder each.
+        tracer: keeps a profile of the run.
+        options: see `build_graph`.
+
+    Raises:
+        VidpipeError: see `build_graph`.
+    """
+    from vidpipe.segments import SplitRun, devices_of
+
+    devices = devices_of(device or "")
+    first = str(devices[0]) if devices else device
+    graph = build_graph(source, destination, device=first, **options)
+    if devices:
+        return SplitRun(graph, devices, tracer=tracer)
+    return Pipeline(graph, tracer=tracer)
 
 
 def read(path: PathLike, **options: Any) -> Iterator[Frame]:
@@ -269,7 +359,8 @@ def stream(
     Args:
         frames: any iterable of frames with strictly rising pts, such as `read(path)`.
         model, scale, denoise, quality: see `model_chain`.
-        device, threads: options of the model stages.
+        device: as for `build_graph`.
+        threads: of each model on the CPU; 0 for as many as there are processors.
 
     Yields:
         As many frames, with the same pts. They may be kept.
@@ -286,10 +377,20 @@ def stream(
         yield first
         yield from iterator
 
+    from vidpipe.model.choose import choose
+
+    request: dict[str, Any] = {
+        "model": model,
+        "scale": scale,
+        "denoise": denoise,
+        "quality": quality,
+    }
+    size = (first.spec.width, first.spec.height)
+    choice = choose(device, str(model_chain(**request)[0]["model"]), size, threads=threads)
     graph = Graph("frames in, frames out").add("in", FrameSource(first.spec, all_frames()))
-    chain = model_chain(model=model, scale=scale, denoise=denoise, quality=quality, device=device)
-    last = _add_chain(graph, "in", chain)
-    _set_everywhere(graph, {"device": device, "threads": threads})
+    last = _add_chain(graph, "in", model_chain(**request, device=choice.device))
+    _set_everywhere(graph, {"threads": threads})
+    _place(graph, choice, graph.using("model"))
     outlet = _Outlet()
     graph.add("out", outlet, last)
     pipeline = Pipeline(graph)

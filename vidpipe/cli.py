@@ -18,11 +18,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from vidpipe import __version__
+from vidpipe.commands.bench import bench
+from vidpipe.commands.cache import cache
+from vidpipe.commands.devices import devices, doctor
+from vidpipe.commands.models import models
 from vidpipe.errors import InputError, VerificationError, VidpipeError
 from vidpipe.graph import Graph, shipped_graphs
 from vidpipe.interrupts import interrupts
 from vidpipe.live.command import live
 from vidpipe.pipeline import Pipeline, Report, slowest_stage
+from vidpipe.segments import SplitRun
 
 EXIT_STOPPED = 130
 
@@ -45,6 +50,14 @@ class Quality(StrEnum):
     quality = "quality"
 
 
+class Prefer(StrEnum):
+    """What a device is chosen and set for."""
+
+    speed = "speed"
+    latency = "latency"
+    efficiency = "efficiency"
+
+
 class Deinterlace(StrEnum):
     """When to deinterlace."""
 
@@ -54,6 +67,11 @@ class Deinterlace(StrEnum):
 
 
 app.command()(live)
+app.command()(bench)
+app.command()(devices)
+app.command()(doctor)
+app.add_typer(models, name="models")
+app.add_typer(cache, name="cache")
 
 
 def main() -> None:
@@ -181,8 +199,23 @@ def run(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="Where models run: auto, cpu. [default: auto]", rich_help_panel=_RUN),
+        typer.Option(
+            help="What models run on: auto, cpu, cuda[:N], cuda:all, rtx, openvino, webgpu, "
+            "directml, winml:NAME. [default: auto]",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
+    prefer: Annotated[
+        Prefer, typer.Option(help="What the device is chosen and set for.", rich_help_panel=_RUN)
+    ] = Prefer.speed,
+    allow_cpu_nodes: Annotated[
+        bool,
+        typer.Option(
+            "--allow-cpu-nodes",
+            help="Let the CPU run what the device does not take of a model.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
     threads: Annotated[
         int | None,
         typer.Option(help="Threads of each stage; 0: as many as fit.", rich_help_panel=_RUN),
@@ -201,12 +234,17 @@ def run(
             "--set", metavar="STAGE.KEY=VALUE", help="Set any option.", rich_help_panel=_RUN
         ),
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Write a profile for Perfetto.", rich_help_panel=_RUN),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line.", rich_help_panel=_RUN)
     ] = False,
 ) -> None:
     """Enhance video files; nothing else of them is lost."""
-    from vidpipe.api import build_graph
+    from vidpipe.api import make_run
+    from vidpipe.trace import Tracer
 
     jobs = _jobs(paths)
     options = {
@@ -214,6 +252,8 @@ def run(
         "duration_s": duration,
         "deinterlace": deinterlace.value if deinterlace else None,
         "device": device,
+        "prefer": prefer.value,
+        "allow_cpu_nodes": allow_cpu_nodes or None,
         "threads": threads,
         "tile": tile,
         "memory_limit": memory_limit,
@@ -225,22 +265,22 @@ def run(
         "drop": drop,
         "overwrite": overwrite or None,
     }
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     worst = 0
+    tracer = None if profile is None else Tracer(profile)
     for source, destination in jobs:
         try:
-            pipeline = Pipeline(
-                build_graph(
-                    source,
-                    destination,
-                    graph=graph,
-                    model=model,
-                    scale=scale,
-                    denoise=denoise,
-                    quality=quality.value if quality else None,
-                    overrides=set_ or [],
-                    **given,
-                )
+            pipeline = make_run(
+                source,
+                destination,
+                graph=graph,
+                model=model,
+                scale=scale,
+                denoise=denoise,
+                quality=quality.value if quality else None,
+                overrides=set_ or [],
+                tracer=tracer,
+                **given,
             )
             report = _run(pipeline, source, as_json)
             _print_report(report, destination, as_json)
@@ -253,6 +293,8 @@ def run(
         worst = worst or code
         if code == EXIT_STOPPED:
             break
+    if tracer is not None:
+        tracer.write()
     raise typer.Exit(worst)
 
 
@@ -295,7 +337,7 @@ def _jobs(paths: list[Path]) -> list[tuple[Path, Path]]:
     return jobs
 
 
-def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
+def _run(pipeline: Pipeline | SplitRun, source: Path, as_json: bool) -> Report:
     def finish() -> None:
         if pipeline.written()[0]:
             err.print("vidpipe: finishing what was begun; press Ctrl-C again to stop now")
@@ -316,7 +358,7 @@ def _run(pipeline: Pipeline, source: Path, as_json: bool) -> Report:
     return pipeline.report()
 
 
-def _progress(pipeline: Pipeline) -> dict[str, Any]:
+def _progress(pipeline: Pipeline | SplitRun) -> dict[str, Any]:
     """Return the figures of the progress line."""
     source = pipeline.sources()[0]
     frames, media_s = pipeline.written()
@@ -341,7 +383,7 @@ def _progress(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _show_progress(
-    pipeline: Pipeline, name: str, frames: int | None, duration_s: float | None
+    pipeline: Pipeline | SplitRun, name: str, frames: int | None, duration_s: float | None
 ) -> None:
     columns = (
         SpinnerColumn(),
@@ -404,40 +446,6 @@ def graphs() -> None:
     table.add_column("what it does")
     for name in shipped_graphs():
         table.add_row(name, Graph.load(name).title)
-    out.print(table, markup=False)
-
-
-@app.command()
-def models(
-    check: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="Run this model and hold it to what it promises."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """List the built-in models, or check one, built-in or a file."""
-    from vidpipe.model import probe as trial
-    from vidpipe.model.descriptor import builtin_models, describe, find_model
-
-    if check is None:
-        found = builtin_models()
-    else:
-        found = [describe(find_model(check))]
-        trial.check(found[0])
-    if as_json:
-        _print_json({"models": [d.to_dict() for d in found]})
-        return
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("model", "scale", "strength", "KiB", "what it does"):
-        table.add_column(heading)
-    for d in found:
-        table.add_row(
-            d.name,
-            f"{d.scale}x",
-            "yes" if d.strength else "",
-            f"{d.path.stat().st_size / 1024:.0f}",
-            d.description,
-        )
     out.print(table, markup=False)
 
 
@@ -512,25 +520,6 @@ def probe(
     lines += [f"  tag      {key}: {value}" for key, value in info.metadata.items()]
     for line in lines:
         _print_text(line)
-
-
-@app.command()
-def devices(
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-) -> None:
-    """List the devices that models can run on, and their execution providers."""
-    from vidpipe.model.discover import available_devices
-
-    found = available_devices()
-    if as_json:
-        _print_json({"devices": found})
-        return
-    for device in found:
-        providers = ", ".join(device["providers"]) or "no execution provider"
-        _print_text(
-            f"{device['device']}: {device['name']}, {device['cores']} cores, "
-            f"{device['memory_bytes'] / 2**30:.1f} GiB: {providers}"
-        )
 
 
 if __name__ == "__main__":

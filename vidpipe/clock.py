@@ -19,3 +19,8 @@ class MonotonicClock:
     def now_s(self) -> float:
         """Return seconds since some fixed moment."""
         return time.perf_counter()
+
+
+def processor_s() -> float:
+    """Return the processor time in seconds, user and system, of all threads of the process."""
+    return time.process_time()

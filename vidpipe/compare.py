@@ -234,6 +234,33 @@ class _Tally:
         )
 
 
+class VmafMeter:
+    """Mean VMAF-NEG of pairs of luma planes, of any sizes in turn."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._meters: dict[tuple[int, ...], _VmafMeter] = {}
+        self._counts: dict[tuple[int, ...], int] = {}
+
+    def add(self, reference: Luma, picture: Luma) -> None:
+        """Take a pair, float32 (H, W), limited-range codes 0..255."""
+        size = reference.shape
+        if size not in self._meters:
+            log = Path(self._folder.name) / f"{len(self._meters)}.json"
+            self._meters[size] = _VmafMeter(size[1], size[0], log)
+        self._counts[size] = self._counts.get(size, 0) + 1
+        self._meters[size].add(reference, picture)
+
+    def result(self) -> float | None:
+        """Return the mean over all pairs, or None without pairs. Ends the measurement."""
+        if not self._counts:
+            return None
+        total = sum(meter.close() * self._counts[size] for size, meter in self._meters.items())
+        self._meters.clear()
+        self._folder.cleanup()
+        return total / sum(self._counts.values())
+
+
 class _VmafMeter:
     """One libvmaf filter, fed pair by pair; it writes its log when the graph goes."""
 

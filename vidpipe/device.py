@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vidpipe.errors import DeviceError, MissingExtraError
+from vidpipe import trace
+from vidpipe.errors import DeviceError, DeviceMemoryError, MissingExtraError
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,7 @@ def new_stream(device: Device) -> Any:
         DeviceError: there is no such device.
     """
     import_cupy(device)
-    return _stream_class()(non_blocking=True)
+    return trace.follow(_stream_class()(non_blocking=True))
 
 
 class Event(Protocol):
@@ -261,7 +262,7 @@ class Ring:
                 with setup_lock:
                     whole = cupy.empty(self.slot_bytes, np.uint8)
             except cupy.cuda.memory.OutOfMemoryError:
-                raise DeviceError(
+                raise DeviceMemoryError(
                     f"{self.device} has no {self.slot_bytes / 2**20:.0f} MiB left for frames",
                     hint="Use a smaller picture, --vram-limit, or --device cpu",
                 ) from None

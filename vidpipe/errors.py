@@ -91,6 +91,10 @@ class DeviceError(VidpipeError):
     exit_code = 3
 
 
+class DeviceMemoryError(DeviceError):
+    """The memory of a device, or the limit put on it, does not suffice."""
+
+
 class MissingExtraError(DeviceError):
     """An optional package is not installed."""
 

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from vidpipe import trace
 from vidpipe.clock import Clock, MonotonicClock
-from vidpipe.device import CPU, Device, setup_lock
-from vidpipe.errors import Cancelled, VidpipeError
+from vidpipe.device import CPU, Device, setup_lock, slot_bytes
+from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph, Node
 from vidpipe.link import Link, LinkClosed, Policy
@@ -146,10 +147,13 @@ class _Runner:
         self.time_s: float | None = None
         self.first_s: float | None = None
         self.end_s: float | None = None
+        self.track: trace.Track | None = None  # while somebody profiles
+        self.queues: list[str] = []  # names of the outputs, likewise
         self.thread = threading.Thread(target=self._run, name=f"vidpipe-{node.name}")
 
     def _run(self) -> None:
         clock = self.pipeline.clock
+        trace.use(self.track)
         try:
             try:
                 start_s = clock.now_s()
@@ -158,6 +162,8 @@ class _Runner:
                 finally:
                     self.pipeline._gate.arrive()
                 self.report.open_s = clock.now_s() - start_s
+                if self.track is not None:
+                    self.track.span("open", start_s, start_s + self.report.open_s)
                 if isinstance(self.actor, Source):
                     self.pipeline._gate.wait()
                     self._run_source(self.actor)
@@ -194,8 +200,7 @@ class _Runner:
                 break
 
     def _run_stage(self, stage: Stage) -> None:
-        assert self.input is not None
-        for frame in self.input:
+        for frame in self._input():
             if self._changed(frame):
                 for out in self._timed(stage.flush):
                     self._emit(out)
@@ -209,8 +214,7 @@ class _Runner:
             self._emit(out)
 
     def _run_sink(self, sink: Sink) -> None:
-        assert self.input is not None
-        for frame in self.input:
+        for frame in self._input():
             if self._changed(frame):
                 self._time(sink.replan, frame.spec)
             self._took(frame)
@@ -221,6 +225,29 @@ class _Runner:
                 self.pipeline._first_frame()
             del frame
         self._time(sink.finish)
+
+    def _input(self) -> Iterator[Frame]:
+        assert self.input is not None
+        if self.track is None:
+            return iter(self.input)
+        return self._traced_input(self.input, self.track)
+
+    def _traced_input(self, link: Link, track: trace.Track) -> Iterator[Frame]:
+        clock = self.pipeline.clock
+        frames = iter(link)
+        while True:
+            waited_s, start_s = link.statistics().reader_waited_s, clock.now_s()
+            frame = next(frames, None)
+            end_s, seen = clock.now_s(), link.statistics()
+            if seen.reader_waited_s > waited_s:
+                track.span("wait for input", start_s, end_s)
+            if frame is None:
+                return
+            pts = track.pts = frame.pts
+            track.count(f"queue to {self.node.name}", seen.queued)
+            yield frame
+            del frame
+            track.span("frame", end_s, clock.now_s(), pts=pts)
 
     def _changed(self, frame: Frame) -> bool:
         return frame.spec is not self.spec and frame.spec != self.spec
@@ -237,26 +264,61 @@ class _Runner:
     def _emit(self, frame: Frame) -> None:
         self.time_s = frame.time_s
         self.report.frames_out += 1
+        if self.track is not None:
+            self._traced_emit(frame, self.track)
+            return
         for link in self.outputs:
             link.put(frame)
 
+    def _traced_emit(self, frame: Frame, track: trace.Track) -> None:
+        clock = self.pipeline.clock
+        for link, queue in zip(self.outputs, self.queues, strict=True):
+            waited_s, start_s = link.statistics().writer_waited_s, clock.now_s()
+            link.put(frame)
+            seen = link.statistics()
+            if seen.writer_waited_s > waited_s:
+                track.span("wait for room", start_s, clock.now_s(), pts=frame.pts)
+            track.count(queue, seen.queued)
+
     def _time(self, call: Callable[..., Any], *arguments: Any) -> None:
-        start_s = self.pipeline.clock.now_s()
+        start_s = self._begin(call)
         try:
             call(*arguments)
         finally:
-            self.report.busy_s += self.pipeline.clock.now_s() - start_s
+            self._end(call, start_s)
 
     def _timed(self, call: Callable[..., Iterable[Frame]], *arguments: Any) -> Iterator[Frame]:
         """Yield the frames that a call gives, and count the time that making them takes."""
-        clock = self.pipeline.clock
-        start_s = clock.now_s()
+        start_s = self._begin(call)
         for frame in call(*arguments):
-            self.report.busy_s += clock.now_s() - start_s
+            self._end(call, start_s, frame)
             yield frame
             del frame
-            start_s = clock.now_s()
-        self.report.busy_s += clock.now_s() - start_s
+            start_s = self._begin(call)
+        self._end(call, start_s)
+
+    def _begin(self, call: Callable[..., Any]) -> float:
+        if self.track is not None:
+            self.track.push(f"{self.node.name}: {call.__name__}")
+        return self.pipeline.clock.now_s()
+
+    def _end(self, call: Callable[..., Any], start_s: float, frame: Frame | None = None) -> None:
+        end_s = self.pipeline.clock.now_s()
+        self.report.busy_s += end_s - start_s
+        if self.track is not None:
+            self.track.pop()
+            facts = {} if frame is None else {"pts": frame.pts}
+            self.track.span(call.__name__, start_s, end_s, **facts)
+
+
+def _ring_bytes(runners: Iterable[_Runner], specs: dict[str, FrameSpec]) -> int:
+    """Return the size of the rings of sources and stages."""
+    total = 0
+    for runner in runners:
+        spec = specs[runner.node.name]
+        shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
+        total += runner.actor.ring_depth * slot_bytes(shapes)
+    return total
 
 
 def _link(writer: Actor, reader: Actor, capacity: int, clock: Clock) -> Link:
@@ -276,6 +338,9 @@ class Pipeline:
         capacity: frames that may wait on each link.
         clock: source of all times.
         gate: shared with other pipelines that must open before this one's first frame.
+        tracer: keeps a profile of the run.
+        vram_limit: GPU memory that frames and models may take, in bytes; None for all that is
+            free. What the driver and the decoder take by themselves comes on top.
 
     Raises:
         GraphError: the graph is wrong.
@@ -289,6 +354,8 @@ class Pipeline:
         capacity: int = 2,
         clock: Clock | None = None,
         gate: StartGate | None = None,
+        tracer: trace.Tracer | None = None,
+        vram_limit: int | None = None,
     ) -> None:
         graph.validate()
         self.graph = graph
@@ -302,6 +369,9 @@ class Pipeline:
         self._start_s = 0.0
         self._first_frame_s: float | None = None
         self._gate = gate or StartGate()
+        self._tracer = tracer
+        self._vram_limit = vram_limit
+        self._notes: list[str] = []
         self._on_gpu = False
         self._runners: dict[str, _Runner] = {}
         for node in graph.ordered():
@@ -370,11 +440,11 @@ class Pipeline:
                 else:
                     actor.plan(spec)
                 planned[name] = runner
-            for runner in planned.values():
-                if not isinstance(runner.actor, Sink):
-                    runner.actor.ring_depth = 1 + sum(k.capacity + 1 for k in runner.outputs)
             self._runners = planned
+            self._set_ring_depths()
             self._on_gpu = any(spec.device != CPU for spec in specs.values())
+            if self._vram_limit is not None:
+                self._share_memory(specs, self._vram_limit)
         except BaseException as error:
             for runner in self._runners.values():
                 runner.actor.close()
@@ -383,6 +453,50 @@ class Pipeline:
             raise
         self.specs = specs
         return specs
+
+    def _set_ring_depths(self) -> None:
+        """Give every ring a slot for each frame that can be on its way, and one to write."""
+        for runner in self._runners.values():
+            if not isinstance(runner.actor, Sink):
+                runner.actor.ring_depth = 1 + sum(k.capacity + 1 for k in runner.outputs)
+        for runner in self._runners.values():
+            if isinstance(runner.actor, Sink) and runner.writer is not None:
+                self._runners[runner.writer].actor.ring_depth += runner.actor.holds
+
+    def _share_memory(self, specs: dict[str, FrameSpec], limit: int) -> None:
+        """Divide GPU memory: first the rings, shorter ones where that helps, then the stages.
+
+        Raises:
+            SpecError: the frames alone need more.
+        """
+        gpus = {spec.device for spec in specs.values()} - {CPU}
+        for gpu in sorted(gpus, key=str):
+            rings = [
+                r
+                for name, r in self._runners.items()
+                if name in specs and specs[name].device == gpu
+            ]
+            needed = _ring_bytes(rings, specs)
+            if needed > limit // 2:
+                for link in (link for runner in rings for link in runner.outputs):
+                    link.capacity = 1
+                self._set_ring_depths()
+                before, needed = needed, _ring_bytes(rings, specs)
+                if needed < before:
+                    self._notes.append(
+                        f"the rings of frames on {gpu} are shorter, {needed / 2**20:.0f} MiB "
+                        f"instead of {before / 2**20:.0f}, for the memory limit of "
+                        f"{limit / 2**20:.0f} MiB"
+                    )
+            if needed >= limit:
+                raise SpecError(
+                    f"the frames alone need {needed / 2**20:.0f} MiB on {gpu}, the limit is "
+                    f"{limit / 2**20:.0f} MiB",
+                    hint="Raise --vram-limit, or use --device cpu",
+                )
+            stages = [r.actor for r in rings if isinstance(r.actor, Stage)]
+            for stage in stages:
+                stage.memory_bytes = (limit - needed) // len(stages)
 
     def _add_transfer(self, writer: _Runner, spec: FrameSpec, target: Device) -> _Runner:
         """Return a transfer behind `writer`, with no readers yet."""
@@ -413,9 +527,19 @@ class Pipeline:
         """
         self._start_s = self.clock.now_s()
         self.plan()
+        if self._tracer is not None:
+            self._trace(self._tracer)
         self._gate.expect(len(self._runners))
         for runner in self._runners.values():
             runner.thread.start()
+
+    def _trace(self, tracer: trace.Tracer) -> None:
+        """Give every actor a track."""
+        group = tracer.group(self.graph.title or self.graph.origin)
+        readers = {id(r.input): name for name, r in self._runners.items()}
+        for name, runner in self._runners.items():
+            runner.queues = [f"queue to {readers[id(link)]}" for link in runner.outputs]
+            runner.track = tracer.track(group, name, runner.report.use, nvtx=self._on_gpu)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until every stage has ended; return whether they have."""
@@ -478,7 +602,7 @@ class Pipeline:
         if self._aborted:
             raise Cancelled("stopped; nothing was kept")
         stages = self.progress()
-        notes: list[str] = []
+        notes = list(self._notes)
         problems: list[str] = []
         media_s = 0.0
         for runner, stage in zip(self._runners.values(), stages, strict=True):
@@ -494,6 +618,8 @@ class Pipeline:
                     )
             if runner.first_s is not None and runner.end_s is not None:
                 media_s = max(media_s, runner.end_s - runner.first_s)
+        if self._tracer is not None:
+            self._tracer.add_run(self.graph.title or self.graph.origin, stages)
         return Report(
             "stopped" if self._stopping else "complete",
             wall_s,

@@ -41,6 +41,10 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     ring_depth: int = 4
     """Slots that a ring of the actor's output needs; set by the pipeline before `open`."""
 
+    memory_bytes: int | None = None
+    """GPU memory that the actor may take besides its ring, or None for what is free; set by
+    the pipeline before `open`."""
+
     def open(self) -> None:
         """Allocate, compile and warm up. Called on the actor's thread."""
 

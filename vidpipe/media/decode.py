@@ -279,7 +279,7 @@ class Decode(Source):
                 if other.index != stream.index:
                     other.discard = av.stream.Discard.all
             stream.codec_context.thread_type = "AUTO"
-            stream.codec_context.thread_count = 1 if hardware else self.threads
+            stream.codec_context.thread_count = nvdec.THREADS if hardware else self.threads
             yield container, stream
 
     def _all(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import io
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import av.error
 
-from vidpipe.errors import OutputError
+from vidpipe.device import CPU, Device
+from vidpipe.errors import DeviceError, OutputError
 from vidpipe.frame import Frame, FrameSpec
+from vidpipe.media import nvenc
 from vidpipe.media.containers import CONTAINERS, Container, container_for
 from vidpipe.media.decode import Decode
 from vidpipe.media.encoders import (
+    NVENC,
     Encoder,
     encoded_color,
     encoder_for,
@@ -55,11 +59,15 @@ class Encode(Sink):
     The file is written under a temporary name in the same folder and gets its own name
     when it is complete, so a broken run leaves nothing behind.
 
+    Frames on a GPU that has an encoder for the codec (NVENC) are encoded there, from its
+    memory. Others are copied to the host and encoded from there; the report says why.
+
     Args:
         path: the file to write; its suffix chooses the container.
-        codec: h264, hevc, av1, vp9, ffv1, prores... or FFmpeg's name of an encoder; by
-            default h264, and vp9 in WebM.
-        crf: constant rate factor of the encoder; lower is better and bigger.
+        codec: h264, hevc, av1, vp9, ffv1, prores... or FFmpeg's name of an encoder, such as
+            libx264 or h264_nvenc; by default h264, and vp9 in WebM.
+        crf: constant rate factor of the encoder, NVENC's target quality; lower is better and
+            bigger.
         preset: of the encoder.
         pix_fmt: pixel format to encode in; by default the link's.
         encoder_options: more options of the encoder, by FFmpeg's names.
@@ -98,11 +106,76 @@ class Encode(Sink):
         self._passthrough: Passthrough | None = None
         self._writer: Writer | None = None
         self._spec: FrameSpec | None = None
+        self._options: dict[str, str] | None = None
+        self._layout: str | None = None
+        self._why_host = ""
         self._report: dict[str, Any] = {}
 
     def attach(self, source: Source) -> None:
         """Learn which source feeds this sink; only a `Decode` has something to copy."""
         self.source = source if isinstance(source, Decode) else None
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Return the GPU that the frames are on where NVENC takes them, else the CPU.
+
+        NVENC is tried with a picture of the right size.
+
+        Raises:
+            DeviceError: an encoder of the GPU is asked for by name and cannot be used.
+            OutputError: there is no such encoder or container.
+        """
+        self._layout = None
+        if spec.device == CPU:
+            return CPU
+        codec = self.codec or container_for(self.path).codec
+        asked = encoder_for(codec)
+        encoder = asked if asked.device else NVENC.get(codec)
+        if encoder is None:
+            self._why_host = f"{asked.name} runs there"
+            return CPU
+        why = self._why_not_in_place(spec)
+        if not why:
+            why = self._try_nvenc(encoder, spec)
+            if why and asked.device:
+                raise DeviceError(
+                    f"encoder {asked.name} cannot be used on {spec.device}: {why}",
+                    hint="Use --codec h264, hevc or av1 for whichever encoder there is",
+                )
+        self._why_host = f"{encoder.name} on {spec.device}: {why}" if why else ""
+        return CPU if why else spec.device
+
+    def _why_not_in_place(self, spec: FrameSpec) -> str:
+        """Return why no GPU could encode such frames from its memory, or nothing."""
+        video = self.source.info.video if self.source and self.source.info else None
+        if video is not None and "A53_CC" in video.side_data and "captions" not in self.drop:
+            return "closed captions do not go with pictures in its memory"
+        hdr = video is not None and (video.mastering_display or video.content_light) is not None
+        if hdr and "hdr" not in self.drop and not container_for(self.path).hdr:
+            return "HDR10 metadata would be lost"
+        if nvenc.layout_for(spec.format, self.pix_fmt) is None:
+            return f"{self.pix_fmt or spec.format} is not taken from its memory"
+        if spec.width % 2 or spec.height % 2:
+            return f"{spec.width}x{spec.height} is not an even size"
+        return ""
+
+    def _try_nvenc(self, encoder: Encoder, spec: FrameSpec) -> str:
+        """Choose NVENC and its options; return why that cannot be, or nothing."""
+        layout = nvenc.layout_for(spec.format, self.pix_fmt)
+        assert layout is not None
+        try:
+            options = encoder_options(encoder, self.crf, self.preset, self.encoder_options)
+        except OutputError as error:
+            return error.message
+        options = nvenc.with_profile(encoder.name, options, layout)
+        why = ""
+        for variant in nvenc.variants(options, self.encoder_options):
+            failure = nvenc.attempt(encoder.name, variant, spec, layout)
+            if failure is None:
+                self._encoder = replace(encoder, captions=False)
+                self._options, self._layout = variant, layout
+                return ""
+            why = why or failure
+        return why
 
     def plan(self, spec: FrameSpec) -> None:
         """Check everything that can be checked before the first frame.
@@ -112,10 +185,8 @@ class Encode(Sink):
                 written to this file.
         """
         self._check_drop()
-        self._container = container_for(self.path)
-        self._encoder = encoder_for(self.codec or self._container.codec)
+        self._settle(spec)
         self._check_path()
-        self._spec = spec
         if self.source is not None and self.source.info is not None:
             window = self.source.window() if self.source.trimmed else None
             source = self.source
@@ -124,6 +195,16 @@ class Encode(Sink):
             )
             self._check_picture(self.source.info)
         self._rehearse(spec)
+
+    def _settle(self, spec: FrameSpec) -> None:
+        """Choose the container, and the encoder unless NVENC was chosen."""
+        self._container = container_for(self.path)
+        if self._layout is None:
+            self._encoder = encoder_for(self.codec or self._container.codec)
+            self._options = None
+        elif spec.format.name == self._layout:
+            self.holds = nvenc.held(self._options or {})
+        self._spec = spec
 
     def _check_drop(self) -> None:
         for word in self.drop:
@@ -183,19 +264,25 @@ class Encode(Sink):
                 writer.close()
 
     def _new_writer(self, file: Path | io.BytesIO, spec: FrameSpec) -> Writer:
-        return Writer(
-            file,
-            path=self.path,
-            container=self._container,
-            encoder=self._encoder,
-            options=encoder_options(self._encoder, self.crf, self.preset, self.encoder_options),
-            pix_fmt=encoder_format(self._encoder, spec, self.pix_fmt),
-            spec=spec,
-            source=self.source,
-            passthrough=self._passthrough,
-            drop=self.drop,
-            threads=self.threads,
-        )
+        return Writer(file, **self._writing(spec))
+
+    def _writing(self, spec: FrameSpec) -> dict[str, Any]:
+        """Return what a writer is to be made with."""
+        options = self._options
+        if options is None:
+            options = encoder_options(self._encoder, self.crf, self.preset, self.encoder_options)
+        return {
+            "path": self.path,
+            "container": self._container,
+            "encoder": self._encoder,
+            "options": options,
+            "pix_fmt": self._layout or encoder_format(self._encoder, spec, self.pix_fmt),
+            "spec": spec,
+            "source": self.source,
+            "passthrough": self._passthrough,
+            "drop": self.drop,
+            "threads": self.threads,
+        }
 
     def write(self, frame: Frame) -> None:
         """Encode one frame, and copy what else belongs before it.
@@ -267,6 +354,8 @@ class Encode(Sink):
         summary = f"{facts['encoder']} {options}".strip()
         lost = ", ".join(facts.get("lost", []))
         notes = [f"{self._container.name} does not keep {lost}"] if lost else []
+        if self._why_host:
+            notes.append(f"'{self.path}' was encoded from host memory: {self._why_host}")
         if (
             self._spec is not None
             and encoded_color(self._spec, facts["pixel_format"]).matrix != self._spec.color.matrix
@@ -284,4 +373,8 @@ class Encode(Sink):
                 f"{facts['resized_frames']} frames were brought to the first size, "
                 f"{facts['width']}x{facts['height']}"
             )
+        facts = {
+            **facts,
+            "encoded_from": str(self._spec.device) if self._spec and self._layout else "cpu",
+        }
         return {"summary": "; ".join([summary, *kept]), "notes": notes, **facts}

@@ -25,6 +25,7 @@ class Encoder:
         captions: writes CEA-608/708 captions that frames carry.
         ticks: takes only the time base of a constant rate.
         copies: has read the picture when the call that brings it returns.
+        device: takes pictures from the memory of a GPU.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Encoder:
     captions: bool = False
     ticks: bool = False
     copies: bool = False
+    device: bool = False
 
 
 # CRF 18 is hard to tell from the source in H.264; the fast presets leave the processor to
@@ -62,13 +64,38 @@ ENCODERS = {
 """Encoders by the friendly name of their codec."""
 
 
+def _nvenc(name: str, quality: int) -> Encoder:
+    # Rate control "vbr" with a quality and no bit rate is NVENC's constant quality.
+    options = {"preset": "p5", "tune": "hq", "rc": "vbr", "cq": str(quality), "b": "0"}
+    options |= {"bf": "3", "b_ref_mode": "middle", "g": "250"}
+    return Encoder(name, options, even=True, captions=True, device=True)
+
+
+NVENC = {
+    "h264": _nvenc("h264_nvenc", 19),
+    "hevc": _nvenc("hevc_nvenc", 22),
+    "av1": _nvenc("av1_nvenc", 28),
+}
+"""NVIDIA's encoders by the friendly name of their codec."""
+
+_NVENC_PRESETS = {f"p{n}": f"p{n}" for n in range(1, 8)}
+_NVENC_PRESETS |= {"ultrafast": "p1", "superfast": "p1", "veryfast": "p2", "faster": "p3"}
+_NVENC_PRESETS |= {"fast": "p3", "medium": "p4", "slow": "p5", "slower": "p6"}
+_NVENC_PRESETS |= {"veryslow": "p7", "placebo": "p7"}
+_NVENC_PRESETS |= {str(n): f"p{max(1, 7 - n // 2)}" for n in range(14)}  # SVT-AV1's
+"""What NVENC calls the presets of the other encoders."""
+
+_RATE_CONTROL = ("rc", "cq", "b")
+
+
 def encoder_for(codec: str) -> Encoder:
     """Return the encoder for a friendly name or for FFmpeg's name of an encoder.
 
     Raises:
         OutputError: this FFmpeg has no such video encoder.
     """
-    known = ENCODERS.get(codec) or next((e for e in ENCODERS.values() if e.name == codec), None)
+    table = [*ENCODERS.values(), *NVENC.values()]
+    known = ENCODERS.get(codec) or next((e for e in table if e.name == codec), None)
     name = known.name if known else codec
     try:
         found = av.Codec(name, "w")
@@ -99,6 +126,9 @@ def encoder_options(
     options = dict(encoder.options)
     if encoder.name == "libsvtav1":
         os.environ.setdefault("SVT_LOG", "1")  # else it writes to the user's terminal
+    if encoder.device:
+        options = _nvenc_options(encoder, crf, preset, more)
+        crf = preset = None
     for name, value in (("crf", crf), ("preset", preset)):
         if value is None:
             continue
@@ -118,6 +148,32 @@ def encoder_options(
     if encoder.name == "libx265":
         given = options.get("x265-params")
         options["x265-params"] = "log-level=error" + (f":{given}" if given else "")
+    return options
+
+
+def _nvenc_options(
+    encoder: Encoder, crf: float | None, preset: str | None, more: dict[str, str]
+) -> dict[str, str]:
+    """Return NVENC's defaults, with a rate factor and a preset in its own terms.
+
+    A rate factor is NVENC's target quality "cq", on the same scale as the other encoder of
+    that codec has; 0 is lossless. What the user sets of rate control replaces the defaults.
+    """
+    options = dict(encoder.options)
+    if not {"rc", "b", "qp"}.isdisjoint(more):
+        options = {k: v for k, v in options.items() if k not in _RATE_CONTROL}
+    if crf is not None and crf > 0:
+        options |= {"rc": "vbr", "cq": f"{crf:g}", "b": "0"}
+    elif crf is not None:
+        options = {k: v for k, v in options.items() if k not in _RATE_CONTROL}
+        options["tune"] = "lossless"
+    if preset is not None:
+        if preset not in _NVENC_PRESETS:
+            raise OutputError(
+                f"encoder {encoder.name} has no preset '{preset}'",
+                hint="Use p1 (fast) to p7 (good)",
+            )
+        options["preset"] = _NVENC_PRESETS[preset]
     return options
 
 

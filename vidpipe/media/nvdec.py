@@ -22,6 +22,10 @@ SURFACE_FORMATS = {"nv12": PIXEL_FORMATS["nv12"], "p010le": PIXEL_FORMATS["p010l
 """Formats of decoded surfaces that links can carry, by FFmpeg's name."""
 
 
+THREADS = 1
+"""Of FFmpeg's decoder, which only parses the stream: the chip decodes."""
+
+
 def hardware(device: Device) -> HWAccel:
     """Return what makes `av.open` decode on a GPU, in the calling thread's CUDA context.
 
@@ -57,10 +61,11 @@ class Surfaces:
     """
 
     def __init__(self, spec: FrameSpec, depth: int) -> None:
-        self._cupy = import_cupy(spec.device)
+        cupy = import_cupy(spec.device)
+        self._runtime = cupy.cuda.runtime
         self._spec = spec
         self._stream = new_stream(spec.device)
-        self._legacy = self._cupy.cuda.Stream.null
+        self._legacy = cupy.cuda.Stream.null
         shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
         self.ring = Ring(shapes, depth, spec.device)
 
@@ -71,20 +76,18 @@ class Surfaces:
             picture: a surface in `spec`'s size and format.
             like: gives the time and side data.
         """
-        cupy, stream = self._cupy, self._stream
-        runtime = cupy.cuda.runtime
+        runtime, stream = self._runtime, self._stream
         slot, planes = self.ring.lease()
         stream.wait_event(self._legacy.record())
         slot.write_by(stream)
         plane: Any
         for plane, target in zip(picture.planes, planes, strict=True):
-            source = cupy.from_dlpack(plane.__dlpack__())
             row = target.strides[0]
             runtime.memcpy2DAsync(
                 target.data.ptr,
                 row,
-                source.data.ptr,
-                source.strides[0],
+                plane.buffer_ptr,
+                plane.line_size,
                 row,
                 target.shape[0],
                 runtime.memcpyDeviceToDevice,

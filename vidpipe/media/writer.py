@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import av.error
 import av.packet
 import av.stream
 
+from vidpipe.device import CPU
 from vidpipe.errors import OutputError
 from vidpipe.frame import PIXEL_FORMATS, Frame, FrameSpec
+from vidpipe.media import nvenc
 from vidpipe.media.containers import Container
 from vidpipe.media.convert import Converter, fill, frame_from, planes_of
 from vidpipe.media.decode import Decode
@@ -49,7 +52,8 @@ class Writer:
         file: where to write: a path, or memory for a rehearsal.
         path: the name that messages use.
         container, encoder, options, pix_fmt: what to write.
-        spec: the frames to come; others are converted to it.
+        spec: the frames to come; others are converted to it. Frames on a GPU go to the
+            encoder from there, in the layout that `pix_fmt` names.
         source: where the frames come from, or None.
         passthrough: the source's other streams, or None.
         drop: what to leave out.
@@ -103,7 +107,15 @@ class Writer:
         self._times: dict[int, tuple[int, int]] = {}
         self._converters: dict[FrameSpec, Converter] = {}
         self._video: Any = None
+        self._feeder: nvenc.Feeder | None = None
+        if spec.device != CPU:
+            self._feeder = self._new_feeder(nvenc.held(options))
+        self._held: dict[int, Any] = {}  # what the encoder still reads, by timestamp
+        self._early: list[av.packet.Packet[Any]] | None = None
         self._out = self._open()
+
+    def _new_feeder(self, depth: int) -> nvenc.Feeder:
+        return nvenc.Feeder(self._spec, self._pix_fmt, depth)
 
     @property
     def _patches_matroska(self) -> bool:
@@ -157,9 +169,24 @@ class Writer:
             if self._patches_matroska:
                 self._title = self._video.metadata.get("title")
                 self._video.metadata["title"] = PADDING
+            if self._feeder is not None:
+                self._open_on_gpu(first, self._feeder)
             self._out.start_encoding()
         except (av.error.FFmpegError, OSError) as error:
             raise output_error(self._path, error) from error
+
+    def _open_on_gpu(self, first: Frame | None, feeder: nvenc.Feeder) -> None:
+        """Open the encoder; it takes the GPU's context from the first picture."""
+        if first is None:
+            picture = feeder.blank()
+            picture.pts = 0
+            picture.time_base = self._spec.time_base
+        else:
+            picture = self._timed(first)
+        try:
+            self._early = self._video.encode(picture)
+        except nvenc.ENCODE_ERRORS as error:
+            raise self._not_started(error) from error
 
     def _describe(self, passing: Passthrough) -> None:
         if "metadata" not in self._drop:
@@ -189,7 +216,7 @@ class Writer:
             raise self._not_held() from None
         context = stream.codec_context
         context.width, context.height = spec.width, spec.height
-        context.pix_fmt = self._pix_fmt
+        context.pix_fmt = self._pix_fmt if self._feeder is None else nvenc.PIX_FMT
         context.framerate = rate
         context.time_base = 1 / rate if self._encoder.ticks else spec.time_base
         stream.time_base = spec.time_base
@@ -212,15 +239,19 @@ class Writer:
             matrix = self._info.video.display_matrix
             if matrix is not None and self._container.rotation and "rotation" not in self._drop:
                 stream.set_display_matrix(matrix)
-        try:
-            context.open()
-        except (av.error.FFmpegError, ValueError) as error:
-            raise OutputError(
-                f"encoder {self._encoder.name} cannot be started: "
-                f"{getattr(error, 'strerror', None) or error}",
-                hint="Check --codec, --preset, --crf, --pix-fmt and --encoder-option",
-            ) from error
+        if self._feeder is None:
+            try:
+                context.open()
+            except (av.error.FFmpegError, ValueError) as error:
+                raise self._not_started(error) from error
         return stream
+
+    def _not_started(self, error: Exception) -> OutputError:
+        hint = "Check --codec, --preset, --crf, --pix-fmt and --encoder-option"
+        if self._encoder.device:
+            hint = "Is there an NVIDIA GPU with NVENC? Else use --codec h264, hevc or av1"
+        why = getattr(error, "strerror", None) or error
+        return OutputError(f"encoder {self._encoder.name} cannot be started: {why}", hint=hint)
 
     def _not_held(self) -> OutputError:
         return OutputError(
@@ -235,18 +266,30 @@ class Writer:
             OutputError: the file cannot be written.
         """
         pts = frame.pts - self._shift
-        picture = self._picture(frame)
-        picture.pts = self._tick(pts, frame.duration)
-        picture.time_base = self._video.codec_context.time_base
-        picture.duration = 1 if self._encoder.ticks else (frame.duration or 0)
+        early, self._early = self._early, None
+        if early is None:
+            self._mux_video(self._timed(frame))
+        else:
+            self._mux_encoded(early)
         if self._first_pts is None:
             self._first_pts = pts
         self._last_pts = pts
         self._end_pts = pts + (frame.duration or 0)
         self._frames += 1
-        self._mux_video(picture)
         if self._passthrough is not None:
             self._mux(self._passthrough.pump(frame.pts * self._spec.time_base))
+
+    def _timed(self, frame: Frame) -> av.VideoFrame:
+        """Return a frame as the encoder takes it, with its time."""
+        pts = frame.pts - self._shift
+        if self._feeder is None:
+            picture = self._picture(frame)
+        else:
+            picture, self._held[pts] = self._on_gpu(frame, self._feeder)
+        picture.pts = self._tick(pts, frame.duration)
+        picture.time_base = self._video.codec_context.time_base
+        picture.duration = 1 if self._encoder.ticks else (frame.duration or 0)
+        return picture
 
     def _tick(self, pts: int, duration: int | None) -> int:
         """Return the timestamp that the encoder sees."""
@@ -254,6 +297,20 @@ class Writer:
             return pts
         self._times[self._frames] = (pts, duration or 0)
         return self._frames
+
+    def _on_gpu(self, frame: Frame, feeder: nvenc.Feeder) -> tuple[av.VideoFrame, Any]:
+        """Return a frame as NVENC takes it, and what it reads."""
+        if frame.side_data is not None and "captions" not in self._drop:
+            raise OutputError(
+                f"encoder {self._encoder.name} cannot write the closed captions that begin here",
+                hint="Use --drop captions to lose them, or --codec libx264 or libx265",
+            )
+        if frame.spec is self._spec or frame.spec == self._spec:
+            picture, held = feeder.picture(frame)
+        else:
+            picture = self._picture(feeder.download(frame))
+            picture, held = feeder.upload(planes_of(picture, PIXEL_FORMATS[self._pix_fmt]))
+        return self._tagged(picture), held
 
     def _picture(self, frame: Frame) -> av.VideoFrame:
         """Return a frame as the encoder takes it."""
@@ -280,6 +337,9 @@ class Writer:
             self._resized += not same_size
         if frame.side_data is not None and "captions" not in self._drop:
             picture = self._with_side_data(picture, frame.side_data)
+        return self._tagged(picture)
+
+    def _tagged(self, picture: av.VideoFrame) -> av.VideoFrame:
         picture.color_range = self._color.range
         picture.colorspace = self._color.matrix
         picture.color_trc = self._color.transfer
@@ -312,14 +372,20 @@ class Writer:
             packets = self._video.encode(picture)
         except (av.error.FFmpegError, OSError) as error:
             raise output_error(self._path, error) from error
+        if picture is None and self._packets == 0 and self._encoder.name == "libx265":
+            _set_dts(packets)
+        self._mux_encoded(packets)
+
+    def _mux_encoded(self, packets: list[av.packet.Packet[Any]]) -> None:
         for packet in packets:
+            if packet.pts is not None:
+                self._held.pop(packet.pts, None)
             if self._encoder.ticks:
+                assert packet.pts is not None
                 pts, duration = self._times.pop(packet.pts)
                 packet.pts = packet.dts = pts
                 packet.duration = duration
                 packet.time_base = self._spec.time_base
-        if picture is None and self._packets == 0 and self._encoder.name == "libx265":
-            _set_dts(packets)
         self._packets += len(packets)
         self._mux(packets)
 
@@ -396,13 +462,17 @@ class Writer:
 
 
 def _set_dts(packets: list[Any]) -> None:
-    """Give all packets of a very short clip their decoding times.
+    """Give all packets of a very short clip their decoding times, unless they have them.
 
     libx265 leaves them undefined where fewer frames come than it delays.
 
     Args:
         packets: all packets of the clip, in the order of decoding.
     """
+    given = [packet.dts for packet in packets]
+    rising = None not in given and all(a < b for a, b in pairwise(given))
+    if rising and all(packet.dts <= packet.pts for packet in packets):
+        return
     following: int | None = None
     for packet in reversed(packets):
         packet.dts = packet.pts if following is None else min(packet.pts, following - 1)

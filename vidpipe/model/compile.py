@@ -147,19 +147,7 @@ def load_static(model: Descriptor, width: int, height: int, *, widen: bool) -> o
     Raises:
         ModelError: the operator set is too old to be converted.
     """
-    proto = onnx.load(str(model.path))
-    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
-    if opset < OPSET:
-        from onnx import version_converter
-
-        try:
-            proto = version_converter.convert_version(proto, OPSET)
-        except Exception as error:  # it raises whatever it stumbles over
-            raise ModelError(
-                f"model '{model.name}' is of ONNX operator set {opset}, which cannot be "
-                f"converted: {str(error).splitlines()[0]}",
-                hint=f"Export it again with opset {OPSET} or later",
-            ) from None
+    proto = convert_opset(onnx.load(str(model.path)), model.name)
     graph = proto.graph
     del graph.value_info[:]
     for value in graph.input:
@@ -172,6 +160,41 @@ def load_static(model: Descriptor, width: int, height: int, *, widen: bool) -> o
     if widen:
         widen_graph(graph)
     return proto
+
+
+def convert_opset(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """Return the model in operator set `OPSET`, or as it is where that is newer.
+
+    Raises:
+        ModelError: the operator set is too old to be converted.
+    """
+    opset = max((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), default=1)
+    if opset >= OPSET:
+        return proto
+    from onnx import version_converter
+
+    try:
+        return version_converter.convert_version(proto, OPSET)
+    except Exception as error:  # it raises whatever it stumbles over
+        raise ModelError(
+            f"model '{name}' is of ONNX operator set {opset}, which cannot be "
+            f"converted: {str(error).splitlines()[0]}",
+            hint=f"Export it again with opset {OPSET} or later",
+        ) from None
+
+
+def _ends_quantized(model: Descriptor, graph: onnx.GraphProto) -> bool:
+    """Say whether the model's own last operators may work on DequantizeLinear's results."""
+    makers = {name: node for node in graph.node for name in node.output}
+    if all(node.op_type != "DequantizeLinear" for node in makers.values()):
+        return False
+    last = makers[model.output]
+    if last.op_type == "DepthToSpace":
+        last = makers.get(last.input[0], last)
+    fixed = {i.name for i in graph.initializer}
+    given = [makers.get(name) for name in last.input if name not in fixed]
+    in_float = any(node is not None and node.op_type != "DequantizeLinear" for node in given)
+    return not (model.channels == "luma" and last.op_type == "Add" and in_float)
 
 
 def _nhwc(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
@@ -198,11 +221,9 @@ class _Builder:
         self.width = width
         self.height = height
         self.proto = proto
-        # Between a DequantizeLinear and a QuantizeLinear, ONNX Runtime takes a convolution to
-        # be meant in int8 and quantises its weights. So none is put in front of a model, and
-        # none behind one that has its own.
-        quantized = any(n.op_type == "DequantizeLinear" for n in proto.graph.node)
-        self.portable = portable or quantized
+        # Between a DequantizeLinear and a QuantizeLinear, ONNX Runtime takes an operator to be
+        # meant in int8. So none is put in front of a model, and none behind one that ends so.
+        self.portable = portable or _ends_quantized(model, proto.graph)
         self.format = spec.format
         self.before: list[onnx.NodeProto] = []
         self.after: list[onnx.NodeProto] = []

@@ -8,17 +8,19 @@ frames flow; on the first real frame alone, the replay is compared with a run wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vidpipe.device import Device, Event, Stream, import_cupy
-from vidpipe.errors import DeviceError, ModelError
+from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError
 from vidpipe.frame import Array
 from vidpipe.model.compile import Compiled
 from vidpipe.model.session import first_line, import_onnxruntime
+from vidpipe.providers import Target
+from vidpipe.providers.base import Found, Request
 
 _EAGER = "-1"
 _TIMED_RUNS = 10
@@ -40,31 +42,6 @@ class GraphUse:
     replay_ms: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class GpuProvider:
-    """How an execution provider that works on CUDA memory is asked for.
-
-    Attributes:
-        name: as ONNX Runtime calls it.
-        options: its options; the stream and the graph are added.
-        graph_option: option that switches CUDA graphs on.
-        graph_id: run option that names a slot's graph.
-    """
-
-    name: str = "CUDAExecutionProvider"
-    options: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "prefer_nhwc": "1",
-            "fuse_conv_bias": "1",
-            "cudnn_conv_algo_search": "EXHAUSTIVE",
-            "cudnn_conv_use_max_workspace": "1",
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-    )
-    graph_option: str = "enable_cuda_graph"
-    graph_id: str = "gpu_graph_id"
-
-
 class CudaSession:
     """A compiled graph on an NVIDIA GPU; a `Session` for CuPy arrays.
 
@@ -72,7 +49,7 @@ class CudaSession:
         compiled: the graph.
         device: the GPU. The calling thread is the one that will run it.
         stream: the stream that every run is queued on.
-        provider: which execution provider, and how.
+        found: the execution provider; CUDA's own if not given.
         strength: first value of the strength input, where the model has one.
         graph: capture and replay CUDA graphs, where that proves equal and no slower.
         memory_bytes: the most that the provider may allocate; None for all there is.
@@ -93,12 +70,13 @@ class CudaSession:
         *,
         device: Device,
         stream: Any,
-        provider: GpuProvider | None = None,
+        found: Found | None = None,
         strength: float | None = None,
         graph: bool = True,
         memory_bytes: int | None = None,
     ) -> None:
-        provider = provider or GpuProvider()
+        found = found or Target.of(device).find()
+        provider = found.provider
         self._ort = ort = import_onnxruntime()
         self._cupy = cupy = import_cupy(device)
         self.compiled = compiled
@@ -106,38 +84,35 @@ class CudaSession:
         self._stream = stream
         self._provider = provider
         self.graph = GraphUse(graph, "" if graph else "switched off")
-        if provider.name not in ort.get_available_providers():
-            raise DeviceError(
-                f"ONNX Runtime {ort.__version__} here has no {provider.name}",
-                hint="Install it with: pip install 'vidpipe[cuda13]'",
-            )
         # It tells of every session that it found no plug-in for its own provider.
         ort.set_default_logger_severity(3)
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Nothing runs on the CPU, but a pool of its threads would wait for work in busy loops.
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         provider_options = {
-            **provider.options,
-            "device_id": str(device.index),
+            **provider.options(Request(index=device.index, kind="gpu")),
             "user_compute_stream": str(stream.ptr),
             provider.graph_option: str(int(graph)),
         }
-        if memory_bytes is not None:
+        if memory_bytes is not None and found.device is None:
             provider_options["gpu_mem_limit"] = str(memory_bytes)
         try:
             self._session = ort.InferenceSession(
                 compiled.proto.SerializeToString(),
                 options,
-                providers=[(provider.name, provider_options)],
                 enable_fallback=0,
+                **found.attach(options, provider_options),
             )
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _error(error, device) from None
         used = self._session.get_providers()
-        if provider.name not in used:
+        if found.ep.lower() not in (name.lower() for name in used):
             raise DeviceError(
-                f"asked for {provider.name}, got {', '.join(used)}",
+                f"asked for {found.ep}, got {', '.join(used)}",
                 hint="See vidpipe doctor, or use --device cpu",
             )
         with stream:
@@ -354,8 +329,10 @@ def copy_plane(cupy: Any, source: Array, target: Array, stream: Any) -> None:
 def _error(error: Exception, device: Device) -> ModelError | DeviceError:
     line = first_line(error)
     text = str(error).lower()
-    if "out of memory" in text or "failed to allocate memory" in text:
-        return DeviceError(
+    if any(
+        words in text for words in ("out of memory", "failed to allocate", "smaller than requested")
+    ):
+        return DeviceMemoryError(
             f"{device} has too little free memory for the model",
             hint="Use --vram-limit for tiles, a smaller model, or --device cpu",
         )

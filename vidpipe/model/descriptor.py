@@ -31,9 +31,13 @@ _CHOICES = {
     "channels": ("luma", "rgb", "bgr"),
     "layout": ("NCHW", "NHWC"),
     "range": ("0..1", "0..255"),
+    "precision": ("fp32", "fp16", "int8"),
 }
-_TEXTS = ("name", "input", "output", "strength", "tier", "task", "version", "license")
-CLAIMS = (*_INTEGERS, *_CHOICES, *_TEXTS, "description")
+_TEXTS = (
+    *("name", "input", "output", "strength", "tier", "task", "version", "license"),
+    *("source_sha256", "description"),
+)
+CLAIMS = (*_INTEGERS, *_CHOICES, *_TEXTS)
 """Keys of a TOML file, and of metadata after `vidpipe.`."""
 
 _FLOAT32 = np.dtype(np.float32)
@@ -59,6 +63,8 @@ class Descriptor:
         size: the only input size (width, height), or None if any will do.
         input, output: names in the graph.
         strength: name of a scalar float32 input, or None.
+        precision: what its convolutions compute in, "fp32", "fp16" or "int8".
+        source_sha256: hash of the file that it was converted from, or "".
         tier, task, version, license, description: texts for people, may be empty.
     """
 
@@ -75,6 +81,8 @@ class Descriptor:
     overlap: int | None = None
     size: tuple[int, int] | None = None
     strength: str | None = None
+    precision: str = "fp32"
+    source_sha256: str = ""
     tier: str = ""
     task: str = ""
     version: str = ""
@@ -229,6 +237,8 @@ def _describe(path: Path, *, trials: bool) -> Descriptor:
     }
     if size is not None:
         values["multiple"] = 1
+    if outline.dtype == np.float16:
+        values["precision"] = "fp16"
     return Descriptor(**values)
 
 

@@ -20,9 +20,10 @@ from vidpipe.device import Event, Stream
 from vidpipe.frame import Array, FrameSpec
 from vidpipe.model import color
 from vidpipe.model.compile import Compiled, Tensor, alignment, load_static, output_spec
-from vidpipe.model.cuda import CudaSession, GpuProvider, GraphUse, copy_plane
+from vidpipe.model.cuda import CudaSession, GraphUse, copy_plane
 from vidpipe.model.descriptor import Descriptor
 from vidpipe.model.precision import narrow_graph
+from vidpipe.providers.base import Found
 
 _BLOCK = (32, 8)
 
@@ -250,26 +251,26 @@ class LumaSession:
             self._take(inputs[0])
             self._session.launch(0)
             self._give(outputs[0])
-        if len(inputs) > 1:
-            self._write_chroma(inputs[1:], outputs[1:])
+            if len(inputs) > 1:
+                self._write_chroma(inputs[1:], outputs[1:])
         event: Event = queue.record()
         return event
 
     def _take(self, plane: Array) -> None:
         (target,) = self._session.inputs
         width, height = _plane_size(target)
-        pitch = plane.strides[0] // plane.itemsize
         arguments = (
-            *(plane, np.int64(pitch), np.int32(plane.shape[1]), np.int32(plane.shape[0])),
-            *(target, np.int32(width), np.int32(height)),
+            *(plane.data.ptr, plane.strides[0] // plane.itemsize),
+            *(np.int32(plane.shape[1]), np.int32(plane.shape[0])),
+            *(target.data.ptr, np.int32(width), np.int32(height)),
         )
         self._luma_in(_grid(width, height), _BLOCK, arguments)
 
     def _give(self, plane: Array) -> None:
         width, height = _plane_size(self._result, self._phases)
         arguments = (
-            *(self._result, np.int32(width), np.int32(height)),
-            *(plane, np.int32(plane.shape[1]), np.int32(plane.shape[0])),
+            *(self._result.data.ptr, np.int32(width), np.int32(height)),
+            *(plane.data.ptr, np.int32(plane.shape[1]), np.int32(plane.shape[0])),
         )
         self._luma_out(_grid(width, height), _BLOCK, arguments)
 
@@ -278,18 +279,16 @@ class LumaSession:
             for source, target in zip(inputs, outputs, strict=True):
                 copy_plane(self._cupy, source, target, self._stream)
             return
-        if len(inputs) == 1:
-            planes = [p[..., c] for p in (inputs[0], outputs[0]) for c in (0, 1)]
+        item, (height, width) = inputs[0].itemsize, inputs[0].shape[:2]
+        if len(inputs) == 1:  # Cb and Cr take turns
+            places = [p.data.ptr + c * item for p in (inputs[0], outputs[0]) for c in (0, 1)]
         else:
-            planes = [*inputs, *outputs]
-        (in_u, in_v, out_u, out_v), item = planes, inputs[0].itemsize
-        height, width = in_u.shape
+            places = [p.data.ptr for p in (*inputs, *outputs)]
         arguments = (
-            *(in_u, in_v, np.int64(in_u.strides[0] // item)),
-            *(np.int32(width), np.int32(height), out_u, out_v),
+            *(places[0], places[1], inputs[0].strides[0] // item),
+            *(np.int32(width), np.int32(height), places[2], places[3]),
         )
-        with self._stream:
-            self._chroma(_grid(width, height), _BLOCK, arguments)
+        self._chroma(_grid(width, height), _BLOCK, arguments)
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""
@@ -310,7 +309,7 @@ def gpu_session(
     compiled: Compiled,
     *,
     stream: Any,
-    provider: GpuProvider | None = None,
+    found: Found | None = None,
     strength: float | None = None,
     half: bool = True,
     kernels: bool = True,
@@ -324,7 +323,7 @@ def gpu_session(
         model: the model.
         compiled: its graph for the frames, run as it is where the kernels do not suit.
         stream: what the work is queued on.
-        provider: which execution provider, and how.
+        found: the execution provider; CUDA's own if not given.
         strength: first value of the strength input, where the model has one.
         half: run the model in float16, where that is possible.
         kernels: let the kernels stand for the nodes around the model, where they suit.
@@ -339,7 +338,7 @@ def gpu_session(
         compiled if body is None else body.compiled,
         device=spec.device,
         stream=stream,
-        provider=provider,
+        found=found,
         strength=strength,
         memory_bytes=memory_bytes,
     )

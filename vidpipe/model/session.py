@@ -1,9 +1,10 @@
-"""The one place that talks to ONNX Runtime.
+"""Sessions of ONNX Runtime.
 
 A session runs a compiled graph on one device. Its interface is the same for every device:
 
     bind(slot, outputs)      once for each ring slot, before the first frame: the addresses
                              that the slot's planes will be written to
+    prepare()                once, when all slots are bound
     run(slot, inputs, ...)   one frame: read these planes, write the slot's
     set_strength(value)      from the next run on
 
@@ -16,19 +17,42 @@ once; `run` replays the slot's graph. Nothing else about a stage differs.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from vidpipe.device import Event, Stream
-from vidpipe.errors import DeviceError, MissingExtraError, ModelError
+from vidpipe.errors import DeviceError, ModelError
 from vidpipe.frame import Array
 from vidpipe.model.compile import Compiled, Tensor
+from vidpipe.model.descriptor import Descriptor
+from vidpipe.providers import CPU_TARGET, Target
+from vidpipe.providers.base import Found, Request
+from vidpipe.providers.runtime import (
+    default_threads,
+    first_line,
+    import_onnxruntime,
+    threads_for,
+)
+
+if TYPE_CHECKING:
+    from vidpipe.model.cuda import GraphUse
 
 CPU_PROVIDER = "CPUExecutionProvider"
+
+__all__ = [
+    "CPU_PROVIDER",
+    "CpuNode",
+    "HostSession",
+    "Session",
+    "default_threads",
+    "first_line",
+    "import_onnxruntime",
+    "open_session",
+    "threads_for",
+]
 
 
 class Session(Protocol):
@@ -41,6 +65,13 @@ class Session(Protocol):
             slot: index of the slot.
             outputs: contiguous planes of `Compiled.outputs`, on the session's device; their
                 memory stays where it is as long as the slot is used.
+        """
+
+    def prepare(self) -> GraphUse | None:
+        """Make ready for the first frame, by the thread that will call `run`.
+
+        Returns:
+            What became of CUDA graphs; None where there are none.
         """
 
     def run(self, slot: int, inputs: Sequence[Array], stream: Stream | None = None) -> Event | None:
@@ -66,82 +97,122 @@ class Session(Protocol):
         """Let go of the memory."""
 
 
-def import_onnxruntime() -> Any:
-    """Return the onnxruntime module, with its telemetry off.
+@dataclass(frozen=True, slots=True)
+class CpuNode:
+    """A node that the CPU provider runs beside the one that was asked for.
 
-    Raises:
-        MissingExtraError: it is not installed.
+    Attributes:
+        name: in the graph.
+        op: its operator.
     """
-    # Read when the library is loaded; without it, usage is kept in a database to be sent.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "cpu") from None
-    onnxruntime.disable_telemetry_events()
-    return onnxruntime
+
+    name: str
+    op: str
+
+    def __str__(self) -> str:
+        return f"{self.op} '{self.name}'" if self.name else self.op
 
 
-def default_threads() -> int:
-    """Return the number of processors that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-class CpuSession:
-    """A compiled graph on the CPU provider.
+class HostSession:
+    """A compiled graph on any provider that takes NumPy arrays.
 
     Inputs that are contiguous are read where they are; others are copied once into a fixed
     buffer. Outputs are written in place.
 
     Args:
         compiled: the graph.
-        threads: threads of one operator; 0 for as many as there are processors.
+        found: the provider and its device; the CPU provider if not given.
+        threads: threads of one operator on the CPU; 0 for as many as there are processors.
         strength: first value of the strength input, where the model has one.
-        spinning: let idle threads of the pool wait in a busy loop.
+        prefer: "speed", "latency" or "efficiency".
+        allow_cpu_nodes: let the CPU provider run nodes that the provider does not take.
+
+    Attributes:
+        cpu_nodes: the nodes that it runs.
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
         ModelError: it cannot run the graph.
-        DeviceError: it chose other providers.
+        DeviceError: parts of the graph would run elsewhere than was asked for.
     """
 
     def __init__(
         self,
         compiled: Compiled,
+        found: Found | None = None,
         *,
         threads: int = 0,
         strength: float | None = None,
-        spinning: bool = False,
+        prefer: str = "speed",
+        allow_cpu_nodes: bool = False,
     ) -> None:
-        ort = import_onnxruntime()
+        self._ort = import_onnxruntime()
         self.compiled = compiled
-        self.threads = threads or default_threads()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        try:
-            self._session = ort.InferenceSession(
-                compiled.proto.SerializeToString(),
-                options,
-                providers=[CPU_PROVIDER],
-                enable_fallback=0,
-            )
-        except Exception as error:  # ONNX Runtime's exceptions share no base class
-            raise ModelError(f"ONNX Runtime cannot load the model: {first_line(error)}") from None
-        if self._session.get_providers() != [CPU_PROVIDER]:
-            raise DeviceError(
-                f"asked for {CPU_PROVIDER}, got {', '.join(self._session.get_providers())}"
-            )
+        self.found = found or CPU_TARGET.find()
+        self.threads = threads or threads_for(prefer)
+        self._request = Request(prefer=prefer, threads=self.threads, kind=self.found.kind)
+        self._session = self._open(allow_cpu_nodes)
+        self.cpu_nodes = self._check_nodes(allow_cpu_nodes)
+        # Where the provider has memory of its own, an input is copied there when it is bound,
+        # not when the session runs.
+        self._copies = self.found.ep != CPU_PROVIDER
         self._bindings: dict[int, Any] = {}
         self._addresses: dict[int, list[int]] = {}
         self._staging: dict[int, np.ndarray[Any, Any]] = {}
         self._strength = np.zeros(compiled.strength_shape or (), np.float32)
         if strength is not None:
             self.set_strength(strength)
+
+    def _open(self, allow_cpu_nodes: bool) -> Any:
+        try:
+            return self._load(allow_cpu_nodes)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            if not _is_fallback(error):
+                raise ModelError(
+                    f"ONNX Runtime cannot load the model on {self.found.label}: {first_line(error)}"
+                ) from None
+        return self._load(True)  # only to name the nodes in the message
+
+    def _load(self, allow_cpu_nodes: bool) -> Any:
+        found = self.found
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self.threads
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        if found.ep != CPU_PROVIDER and not allow_cpu_nodes:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        found.provider.configure(options, self._request)
+        asked = found.attach(options, found.provider.options(self._request))
+        return self._ort.InferenceSession(
+            self.compiled.proto.SerializeToString(), options, enable_fallback=0, **asked
+        )
+
+    def _check_nodes(self, allow_cpu_nodes: bool) -> tuple[CpuNode, ...]:
+        """Compare who runs the nodes with who was asked to."""
+        found, runs = self.found, self.nodes_by_provider()
+        others = set(runs) - {found.ep, CPU_PROVIDER}
+        if others:
+            raise DeviceError(f"asked for {found.ep}, got {', '.join(sorted(others))}")
+        if found.ep == CPU_PROVIDER or CPU_PROVIDER not in runs:
+            return ()
+        nodes = tuple(
+            CpuNode(node.name, node.op_type)
+            for part in self._session.get_provider_graph_assignment_info()
+            if part.ep_name == CPU_PROVIDER
+            for node in part.get_nodes()
+        )
+        if found.ep not in runs:
+            raise DeviceError(
+                f"{found.ep} takes none of the model's {len(nodes)} nodes; the CPU would run all",
+                hint="Use --device cpu, or another provider; see vidpipe devices",
+            )
+        if not allow_cpu_nodes:
+            raise DeviceError(
+                f"{found.ep} does not take {_listed(nodes)}, {len(nodes)} of "
+                f"{sum(runs.values())} nodes",
+                hint="Use --allow-cpu-nodes to run those on the CPU, or --device cpu",
+            )
+        return nodes
 
     def bind(self, slot: int, outputs: Sequence[Array]) -> None:
         """See `Session.bind`."""
@@ -150,11 +221,7 @@ class CpuSession:
             _check(tensor, plane)
             address = plane.ctypes.data
             binding.bind_output(tensor.name, "cpu", 0, tensor.dtype, tensor.shape, address)
-        if self.compiled.strength is not None:
-            value = self._strength
-            binding.bind_input(
-                self.compiled.strength, "cpu", 0, value.dtype, value.shape, value.ctypes.data
-            )
+        self._bind_strength(binding)
         self._bindings[slot] = binding
         self._addresses[slot] = [0] * len(self.compiled.inputs)
 
@@ -166,14 +233,26 @@ class CpuSession:
             if not plane.flags.c_contiguous:
                 plane = self._staged(i, tensor, plane)
             address = plane.ctypes.data
-            if addresses[i] != address:
+            if addresses[i] != address or self._copies:
                 binding.bind_input(tensor.name, "cpu", 0, tensor.dtype, tensor.shape, address)
                 addresses[i] = address
+        if self._copies:
+            self._bind_strength(binding)
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # see above
             raise ModelError(f"ONNX Runtime failed: {first_line(error)}") from None
         return None
+
+    def _bind_strength(self, binding: Any) -> None:
+        if self.compiled.strength is not None:
+            value = self._strength
+            binding.bind_input(
+                self.compiled.strength, "cpu", 0, value.dtype, value.shape, value.ctypes.data
+            )
+
+    def prepare(self) -> None:
+        """See `Session.prepare`; a first run is no slower than the next."""
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""
@@ -206,8 +285,59 @@ def _check(tensor: Tensor, plane: Array) -> None:
     assert plane.flags.c_contiguous
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of ONNX Runtime's message, without its code."""
-    text = str(error).strip().splitlines()
-    line = text[0] if text else type(error).__name__
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", line)
+def open_session(
+    model: Descriptor,
+    compiled: Compiled,
+    target: Target,
+    *,
+    stream: Any = None,
+    threads: int = 0,
+    strength: float | None = None,
+    prefer: str = "speed",
+    allow_cpu_nodes: bool = False,
+    memory_bytes: int | None = None,
+) -> Session:
+    """Return a session of a compiled graph on what was asked for, and on nothing else.
+
+    Args:
+        model: what `compiled` was compiled from.
+        compiled: the graph.
+        target: the provider and its device.
+        stream: the CUDA stream to queue work on, where the target's memory is a GPU's.
+        threads, strength, prefer, allow_cpu_nodes: see `HostSession`.
+        memory_bytes: the most GPU memory that the provider may allocate, or None.
+
+    Raises:
+        DeviceMemoryError: the GPU's memory, or the limit, does not suffice.
+        MissingExtraError, DeviceError: the provider is not there, or would not run it all.
+        ModelError: ONNX Runtime cannot run the graph.
+    """
+    if target.provider.memory == "cuda":
+        from vidpipe.model.kernels import gpu_session
+
+        return gpu_session(
+            model,
+            compiled,
+            stream=stream,
+            found=target.find(prefer),
+            strength=strength,
+            memory_bytes=memory_bytes,
+        )
+    return HostSession(
+        compiled,
+        target.find(prefer),
+        threads=threads,
+        strength=strength,
+        prefer=prefer,
+        allow_cpu_nodes=allow_cpu_nodes,
+    )
+
+
+def _is_fallback(error: Exception) -> bool:
+    text = str(error).lower()
+    return "fallback to cpu ep has been explicitly disabled" in text
+
+
+def _listed(nodes: Sequence[CpuNode], most: int = 3) -> str:
+    names = ", ".join(str(node) for node in nodes[:most])
+    return names + (f" and {len(nodes) - most} more" if len(nodes) > most else "")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -26,6 +26,9 @@ from vidpipe.frame import Array, FrameSpec
 from vidpipe.model.compile import Compiled, alignment
 from vidpipe.model.descriptor import Descriptor
 from vidpipe.model.session import Session
+
+if TYPE_CHECKING:
+    from vidpipe.model.cuda import GraphUse
 
 UNKNOWN_OVERLAP = 64
 """Overlap in pixels for models that look at the whole picture: seams may then show."""
@@ -261,6 +264,10 @@ class TiledSession:
                     for i, plane in enumerate(results):
                         self._paste(i, plane, column, row)
         return event if stream is None else stream.record()
+
+    def prepare(self) -> GraphUse | None:
+        """See `Session.prepare`."""
+        return self._session.prepare()
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""

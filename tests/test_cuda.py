@@ -384,3 +384,28 @@ def test_a_memory_limit_shortens_rings_and_cuts_tiles() -> None:
             assert psnr(plane, other, a.spec) > 50
     with pytest.raises(VidpipeError, match="the frames alone need"):
         limited(4 << 20)
+
+
+@pytest.mark.parametrize("decoders", [1, 2])
+def test_a_split_file_is_joined_without_a_seam(cupy: Any, tmp_path: Path, decoders: int) -> None:
+    from vidpipe.api import build_graph
+    from vidpipe.segments import SplitRun
+
+    clip = tmp_path / "clip.mp4"
+    options = {"g": "25", "bf": "3"}
+    mediagen.make(clip, frames=200, size=(320, 192), options=options)
+    count = min(2, cupy.cuda.runtime.getDeviceCount())
+    if count * decoders == 1:
+        pytest.skip("one GPU")
+    wanted: dict[str, Any] = {"model": "nano-2x", "codec": "ffv1", "pix_fmt": "yuv420p"}
+    whole, split = tmp_path / "whole.mkv", tmp_path / "split.mkv"
+    vidpipe.enhance(clip, whole, device="cuda:0", **wanted)
+    graph = build_graph(clip, split, device="cuda:0", **wanted)
+    gpus = [Device("cuda", i) for i in range(count)]
+    report = SplitRun(graph, gpus, decoders=decoders, least_s=1.0).run()
+    assert not report.problems
+    one, many = list(vidpipe.read(whole)), list(vidpipe.read(split))
+    assert [f.pts for f in one] == [f.pts for f in many]
+    for a, b in zip(one, many, strict=True):
+        for plane, other in zip(a.planes, b.planes, strict=True):
+            assert np.abs(plane.astype(int) - other.astype(int)).max() <= 1

@@ -317,8 +317,7 @@ class RangeDecode(Decode):
         self.schedule = schedule
         self.waited_s = 0.0
         self._segment: Segment | None = None
-        self._last: int | None = None
-        self._resume: int | None = None
+        self._given = 0  # frames of the part
 
     def open(self) -> None:
         """Allocate the ring, where frames go to a GPU.
@@ -347,8 +346,10 @@ class RangeDecode(Decode):
         try:
             yield from self._parts(self.device != CPU and not self._why_software)
         except _NotInHardware as error:
+            # The CPU reads the part again, and passes over what was given already.
             self._why_software = str(error)
-            self._resume = self._last
+            self.counts.repaired = 0
+            self.counts.jumps.clear()
             yield from self._parts(False)
 
     def _parts(self, hardware: bool) -> Iterator[Frame]:
@@ -366,19 +367,21 @@ class RangeDecode(Decode):
                 clock = _Clock(self.counts, base, self.info.video.rate)
                 yield from self._part(self._segment, self._from(container, stream), clock)
                 self._segment = None
+                self._given = 0
 
     def _part(self, segment: Segment, frames: Iterator[Frame], clock: _Clock) -> Iterator[Frame]:
         """Yield the frames of a part; which is the last is known before it is given."""
         held: Frame | None = None
+        passed = self._given
         for frame in frames:
-            if self._resume is not None and frame.pts <= self._resume:
-                continue  # given before the CPU took over
-            self._resume = None
             frame.pts = clock.next(frame.pts if frame.pts != _NO_PTS else None, frame.duration)
             if segment.end is not None and frame.pts >= segment.end:
                 break
+            if passed > 0:
+                passed -= 1
+                continue
             if held is not None:
-                yield self._given(held)
+                yield self._count(held)
             held = frame
             del frame
         else:
@@ -387,10 +390,10 @@ class RangeDecode(Decode):
             self.schedule.put(segment, [], ())
             return
         segment.last_pts = held.pts
-        yield self._given(held)
+        yield self._count(held)
 
-    def _given(self, frame: Frame) -> Frame:
-        self._last = frame.pts
+    def _count(self, frame: Frame) -> Frame:
+        self._given += 1
         self.counts.add(frame)
         return frame
 

@@ -376,7 +376,7 @@ def test_a_memory_limit_shortens_rings_and_cuts_tiles() -> None:
     whole, report = limited(None)
     assert not report.stage("double").facts["tiles"]
     assert not report.notes
-    tiles, report = limited(60 << 20)
+    tiles, report = limited(50 << 20)
     assert report.stage("double").facts["tiles"]
     assert any("are shorter" in note for note in report.notes)
     for a, b in zip(whole, tiles, strict=True):

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vidpipe.device import Ring, Slot
+from vidpipe.device import Device, Ring, Slot
 from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph
@@ -441,3 +441,58 @@ def test_no_reader_ever_sees_a_slot_that_was_returned() -> None:
     assert (fast.seen, slow.seen) == (300, 300)
     assert (fast.wrong, slow.wrong) == (0, 0)
     assert writer.ring.grown == 0
+
+
+# -- GPU memory ---------------------------------------------------------------------------
+
+
+class OnGpu(Identity):
+    """Says that its frames are on a GPU; never opened."""
+
+    def __init__(self, takes: bool = False) -> None:
+        self.takes_memory = takes
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        return Device("cuda")
+
+
+class GpuSink(Collect):
+    def device_for(self, spec: FrameSpec) -> Device:
+        return spec.device
+
+
+def planned(limit: int, *stages: OnGpu) -> Pipeline:
+    """64x48 yuv420p, 4,608 bytes a frame; planning needs no GPU."""
+    graph = Graph("limited").add("in", patterns(1))
+    last = "in"
+    for number, stage in enumerate(stages):
+        graph.add(f"s{number}", stage, last)
+        last = f"s{number}"
+    graph.add("out", GpuSink(), last)
+    pipeline = Pipeline(graph, vram_limit=limit)
+    pipeline.plan()
+    return pipeline
+
+
+def test_a_limit_of_gpu_memory_is_shared_among_those_who_take_it() -> None:
+    stages = OnGpu(True), OnGpu(), OnGpu(True)
+    pipeline = planned(1_000_000, *stages)
+    frame = 64 * 48 * 3 // 2
+    rings = 4 * 4 * frame  # the transfer's and three stages', four slots each
+    assert [s.ring_depth for s in stages] == [4, 4, 4]
+    share = (1_000_000 - rings) // 2
+    assert [s.memory_bytes for s in stages] == [share, None, share]
+    assert pipeline.specs["in-to-cuda"].device == Device("cuda")
+
+
+def test_little_gpu_memory_makes_rings_shorter_and_says_so() -> None:
+    stage = OnGpu(True)
+    pipeline = planned(60_000, stage)
+    assert stage.ring_depth == 3
+    assert stage.memory_bytes == 60_000 - 2 * 3 * 4608
+    assert any("are shorter" in note for note in pipeline._notes)
+
+
+def test_too_little_gpu_memory_is_refused_before_anything_starts() -> None:
+    with pytest.raises(SpecError, match=r"the frames alone need .* Raise --vram-limit"):
+        planned(20_000, OnGpu(True))

@@ -492,6 +492,13 @@ def test_a_stage_set_to_the_cpu_stays_there(tmp_path: Path, clip: Path) -> None:
     assert run._copy(Device("cuda", 1)).nodes["source"].options["device"] == "cuda:1"
 
 
+def test_workers_of_one_gpu_share_its_memory(tmp_path: Path, clip: Path) -> None:
+    gpus = [Device("cuda", i) for i in (0, 1, 1)]
+    run = SplitRun(graph(clip, tmp_path / "o.mp4"), gpus, vram_limit=1000)
+    assert [run._options_on(gpu)["vram_limit"] for gpu in gpus] == [1000, 500, 500]
+    assert SplitRun(graph(clip, tmp_path / "o.mp4"), gpus)._options_on(gpus[0]) == {}
+
+
 def test_names_of_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=lambda: 3)))
     monkeypatch.setattr("vidpipe.segments.import_cupy", lambda _: fake)

@@ -280,6 +280,7 @@ def make_run(
     *,
     device: str | None = None,
     tracer: Tracer | None = None,
+    vram_limit: str | None = None,
     **options: Any,
 ) -> Pipeline | SplitRun:
     """Return what enhances one file into another, ready to run.
@@ -289,19 +290,23 @@ def make_run(
         device: see `build_graph`; "cuda:all" or a list such as "cuda:0,cuda:1" splits the
             file over several GPUs. A GPU named twice gets two workers, with a decoder each.
         tracer: keeps a profile of the run.
+        vram_limit: GPU memory that frames and models may take, such as "2G"; shorter rings
+            and tiles keep to it.
         options: see `build_graph`.
 
     Raises:
         VidpipeError: see `build_graph`.
     """
+    from vidpipe.model.tiling import parse_bytes
     from vidpipe.segments import SplitRun, devices_of
 
+    limit = None if vram_limit is None else parse_bytes(vram_limit)
     devices = devices_of(device or "")
     first = str(devices[0]) if devices else device
     graph = build_graph(source, destination, device=first, **options)
     if devices:
-        return SplitRun(graph, devices, tracer=tracer)
-    return Pipeline(graph, tracer=tracer)
+        return SplitRun(graph, devices, tracer=tracer, vram_limit=limit)
+    return Pipeline(graph, tracer=tracer, vram_limit=limit)
 
 
 def read(path: PathLike, **options: Any) -> Iterator[Frame]:

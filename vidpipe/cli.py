@@ -228,6 +228,10 @@ def run(
         str | None,
         typer.Option(help="Memory for the model, such as 2G.", rich_help_panel=_RUN),
     ] = None,
+    vram_limit: Annotated[
+        str | None,
+        typer.Option(help="GPU memory for frames and models, such as 4G.", rich_help_panel=_RUN),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -280,6 +284,7 @@ def run(
                 quality=quality.value if quality else None,
                 overrides=set_ or [],
                 tracer=tracer,
+                vram_limit=vram_limit,
                 **given,
             )
             report = _run(pipeline, source, as_json)

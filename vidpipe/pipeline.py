@@ -494,9 +494,9 @@ class Pipeline:
                     f"{limit / 2**20:.0f} MiB",
                     hint="Raise --vram-limit, or use --device cpu",
                 )
-            stages = [r.actor for r in rings if isinstance(r.actor, Stage)]
-            for stage in stages:
-                stage.memory_bytes = (limit - needed) // len(stages)
+            takers = [r.actor for r in rings if r.actor.takes_memory]
+            for actor in takers:
+                actor.memory_bytes = (limit - needed) // len(takers)
 
     def _add_transfer(self, writer: _Runner, spec: FrameSpec, target: Device) -> _Runner:
         """Return a transfer behind `writer`, with no readers yet."""

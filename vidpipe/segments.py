@@ -180,7 +180,14 @@ class SplitRun:
             Node(decode.name, "", None, {}, reader),
             Node(encode.name, "", encode.source, {}, writer),
         )
-        return Pipeline(graph, clock=self.clock, gate=self._gate, **self._options)
+        return Pipeline(graph, clock=self.clock, gate=self._gate, **self._options_on(device))
+
+    def _options_on(self, device: Device) -> dict[str, Any]:
+        """Return the options of a pipeline, which shares its device's memory with others."""
+        options = dict(self._options)
+        if options.get("vram_limit") is not None:
+            options["vram_limit"] //= self.devices.count(device)
+        return options
 
     def _copy(self, device: Device, *ends: Node) -> Graph:
         """Return the graph with every stage on a device, and with these ends."""

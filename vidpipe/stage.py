@@ -41,9 +41,12 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     ring_depth: int = 4
     """Slots that a ring of the actor's output needs; set by the pipeline before `open`."""
 
+    takes_memory: bool = False
+    """Whether the actor takes much GPU memory besides its ring, as a model does."""
+
     memory_bytes: int | None = None
-    """GPU memory that the actor may take besides its ring, or None for what is free; set by
-    the pipeline before `open`."""
+    """How much of it the actor may take, or None for what is free; set by the pipeline before
+    `open` where memory is limited."""
 
     def open(self) -> None:
         """Allocate, compile and warm up. Called on the actor's thread."""

@@ -50,6 +50,8 @@ class Model(Stage):
             not given. Decides about tiles.
     """
 
+    takes_memory = True
+
     def __init__(
         self,
         *,

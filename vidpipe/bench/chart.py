@@ -79,8 +79,8 @@ def _chain(canvas: _Canvas, chain: dict[str, Any], y: int) -> int:
         canvas.text(_MARGIN, y, figure["name"])
         canvas.box(left, y + 3, length, _ROW - 8, _COLORS[figure["kind"]])
         value = f"{figure['fps']:.1f}"
-        if "share_of_lowest" in figure:
-            value += f" ({figure['share_of_lowest']:.2f} of lowest)"
+        if "share_of_bound" in figure:
+            value += f" ({figure['share_of_bound']:.2f} of what bounds it)"
         canvas.text(left + length + 6, y, value)
         y += _ROW
     lowest = [figure["lowest_fps"] for figure in figures if "lowest_fps" in figure]

@@ -6,13 +6,13 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 import vidpipe
 from vidpipe.device import CPU, Device, import_cupy
+from vidpipe.model.choose import processor_name
 
 _PACKAGES = (
     *("av", "numpy", "onnx"),
@@ -39,7 +39,7 @@ def machine_facts(device: Device) -> dict[str, Any]:
         "vidpipe": vidpipe.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": default_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "versions": _versions(),
@@ -47,15 +47,6 @@ def machine_facts(device: Device) -> dict[str, Any]:
     if device != CPU:
         facts["gpu"] = _gpu(device)
     return facts
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _versions() -> dict[str, Any]:

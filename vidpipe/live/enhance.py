@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from vidpipe.device import CPU, Device, Event, Ring, Slot, import_cupy, new_stream, setup_lock
 from vidpipe.errors import InputError, SpecError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.live.controls import AUTO, Controls, Settings
@@ -29,12 +31,38 @@ class Enhanced(Frame):
     """A frame that went through the enhance stage.
 
     Attributes:
-        before: the frame as it came, for comparisons; None behind other stages.
+        before: the frame as it came, on the device that it came on, for comparisons; None
+            behind other stages.
         enhanced_s: the pipeline's clock when it left the stage.
     """
 
     before: Frame | None = None
     enhanced_s: float = 0.0
+
+    def replace(
+        self,
+        planes: Sequence[Array],
+        spec: FrameSpec,
+        *,
+        slot: Slot | None = None,
+        ready: Event | None = None,
+    ) -> Frame:
+        """See `Frame.replace`. On another device it is the same picture, and stays enhanced."""
+        other = Frame.replace(self, planes, spec, slot=slot, ready=ready)
+        if spec.device == self.spec.device:
+            return other
+        return Enhanced(
+            other.planes,
+            spec,
+            other.pts,
+            other.duration,
+            other.captured_s,
+            other.side_data,
+            ready,
+            slot,
+            before=self.before,
+            enhanced_s=self.enhanced_s,
+        )
 
 
 @register("enhance")
@@ -51,10 +79,14 @@ class Enhance(Stage):
         strength: 0 to 1; the model's own strength input, or how much of its result is mixed
             into the plainly scaled picture.
         device: as for the model stage.
+        chosen: why this device was chosen, for the report.
         threads: as for the model stage.
 
-    `before` of the frames that come out holds the frame that went in.
+    `before` of the frames that come out holds the frame that went in. On a GPU frames stay
+    there, and are ready when they come out: the stage waits for each, for its latency.
     """
+
+    takes_memory = True
 
     def __init__(
         self,
@@ -64,6 +96,7 @@ class Enhance(Stage):
         tier: str = AUTO,
         strength: float = 1.0,
         device: str = "auto",
+        chosen: str = "",
         threads: int = 0,
     ) -> None:
         if not 0 < latency_budget_s <= 10:
@@ -73,6 +106,7 @@ class Enhance(Stage):
         models = [t for t in (DEFAULT_TIERS if tiers is None else tiers) if t != PLAIN]
         self.budget_s = latency_budget_s
         self.device = device
+        self.chosen = chosen
         self.tiers = [*models, PLAIN]
         self.models = [Model(model=m, device=device, threads=threads) for m in models]
         self.controls = Controls(self.tiers)
@@ -87,6 +121,13 @@ class Enhance(Stage):
         self._gaps: deque[float] = deque(maxlen=31)
         self._last_captured_s: float | None = None
         self._steps = 0
+        self._stream: Any = None
+        self._ring: Ring | None = None
+        self._provider = ""
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Return where the models take frames; without a model, where they are."""
+        return self.models[0].device_for(spec) if self.models else spec.device
 
     def plan(self, spec: FrameSpec) -> FrameSpec:
         """Return what every tier makes of such frames.
@@ -104,20 +145,30 @@ class Enhance(Stage):
                     f"tier '{name}' makes {out}, but '{self.tiers[0]}' makes {self._out}",
                     hint="Choose models of the same scale",
                 )
-        for model in self.models:
-            # One picture more is kept for snapshots and freezing.
-            model.ring_depth = self.ring_depth + 1
         return self._out
 
     def open(self) -> None:
-        """Open and warm up every tier, and measure what a frame costs in it."""
+        """Open and warm up every tier, and measure what a frame costs in it.
+
+        Raises:
+            ModelError, SpecError, DeviceError: as for the model stage.
+        """
+        out = self._out
+        if out.device == CPU:
+            self._scaler = Converter(out.width, out.height, out.format.name, "bicubic", threads=1)
+        else:
+            self._stream = new_stream(out.device)
+            shapes = [(shape, out.format.dtype) for shape in out.plane_shapes()]
+            self._ring = Ring(shapes, self.ring_depth, out.device)
         for model in self.models:
+            # One picture more is kept for snapshots and freezing.
             model.ring_depth = self.ring_depth + 1
+            if self.memory_bytes is not None:
+                model.memory_bytes = self.memory_bytes // len(self.models)
             model.open()
-        self._scaler = Converter(
-            self._out.width, self._out.height, self._out.format.name, "bicubic", threads=1
-        )
-        sample = _grey(self._spec)
+        self._provider = self._providers()
+        with self._queued():
+            sample = _grey(self._spec)
         self.costs_s = [self._cost(tier, sample) for tier in range(len(self.tiers))]
         interval_s = float(1 / self._spec.rate) if self._spec.rate else 1 / 30
         self.governor = Governor(self.costs_s, self.budget_s, self.clock, interval_s)
@@ -136,9 +187,14 @@ class Enhance(Stage):
 
     def close(self) -> None:
         """Close every tier."""
-        self._pair = None
+        self._pair = self._ring = self._stream = None
         for model in self.models:
             model.close()
+
+    def replan(self, spec: FrameSpec) -> FrameSpec:
+        """Go on with other frames: every tier is opened anew."""
+        with nullcontext() if spec.device == CPU else setup_lock:
+            return super().replan(spec)
 
     def process(self, frame: Frame) -> Iterable[Frame]:
         """Enhance one frame, as the controls say."""
@@ -155,12 +211,16 @@ class Enhance(Stage):
             before, after = frame, self._run(tier, frame)
             cost_s = self.clock.now_s() - start_s
             if settings.strength < 1 and tier < len(self.models) and not self._has_strength(tier):
-                plain = self.plain(frame)
-                after = frame.replace(mix(plain, after.planes, settings.strength), self._out)
+                with self._queued(frame):
+                    mixed = mix(self.plain(frame), after.planes, settings.strength)
+                after = frame.replace(mixed, self._out)
             self._pair = (before, after)
-        planes = after.planes
+        planes, slot = after.planes, after.slot if cost_s is not None else None
         if settings.wipe is not None:
-            planes = wipe(self.plain(before), planes, settings.wipe)
+            with self._queued(before):
+                planes, slot = wipe(self.plain(before), planes, settings.wipe), None
+        if self._ring is not None and slot is None:
+            slot, planes = self._kept(self._ring, planes)
         now_s = self.clock.now_s()
         out = Enhanced(
             planes,
@@ -169,7 +229,7 @@ class Enhance(Stage):
             frame.duration,
             frame.captured_s,
             frame.side_data,
-            slot=after.slot,
+            slot=slot,
             before=before,
             enhanced_s=now_s,
         )
@@ -230,19 +290,41 @@ class Enhance(Stage):
 
     def _run(self, tier: int, frame: Frame) -> Frame:
         if tier == len(self.models):
-            return frame.replace(self.plain(frame), self._out)
+            with self._queued(frame):
+                return frame.replace(self.plain(frame), self._out)
         (out,) = self.models[tier].process(frame)
         if out.ready is not None:
             # Latency is what this stage is about: the figures must not end before the work.
             out.ready.synchronize()
         return out
 
+    @contextmanager
+    def _queued(self, *frames: Frame) -> Iterator[None]:
+        """Queue on a GPU what the block does, behind these frames, and wait for it."""
+        if self._stream is None:
+            yield
+            return
+        for frame in frames:
+            frame.wait(self._stream)
+        with self._stream:
+            yield
+        self._stream.synchronize()
+
+    def _kept(self, ring: Ring, planes: tuple[Array, ...]) -> tuple[Slot, tuple[Array, ...]]:
+        """Return a copy in the ring: a slot knows who still reads it, memory of a pool does not."""
+        slot, targets = ring.lease()
+        with self._queued():
+            slot.write_by(self._stream)
+            for source, target in zip(planes, targets, strict=True):
+                target[...] = source
+        return slot, targets
+
     def plain(self, frame: Frame) -> tuple[Array, ...]:
         """Return the frame's picture, scaled to the output size without a model.
 
         Returns:
             Planes of the output spec on its device. On a GPU pixels are repeated; on the CPU
-            libswscale's bicubic kernel is used.
+            libswscale's bicubic kernel is used. On a GPU they are queued on the current stream.
         """
         spec, out = frame.spec, self._out
         if (spec.width, spec.height, spec.format) == (out.width, out.height, out.format):
@@ -264,7 +346,10 @@ class Enhance(Stage):
         return self.tiers[self._tier if self._tier is not None else -1]
 
     def provider(self) -> str:
-        """Return device and execution provider of the models, one line."""
+        """Return device and execution provider of the models, one line; "" before `open`."""
+        return self._provider
+
+    def _providers(self) -> str:
         found = set()
         for model in self.models:
             facts = model.report()
@@ -278,6 +363,9 @@ class Enhance(Stage):
             "tiers": self.tiers,
             "costs_s": [round(c, 5) for c in self.costs_s],
             "steps": self._steps,
+            "provider": self._provider,
+            "chosen": self.chosen or None,
+            "models": [model.report()["summary"] for model in self.models],
             **self.controls.settings.to_dict(),
         }
 
@@ -325,11 +413,7 @@ def wipe(before: tuple[Array, ...], after: tuple[Array, ...], position: float) -
 
 def _grey(spec: FrameSpec) -> Frame:
     """Return a frame of the middle code value, on the spec's device."""
-    library: Any = np
-    if spec.device.kind == "cuda":
-        import cupy
-
-        library = cupy
+    library: Any = np if spec.device == CPU else import_cupy(spec.device)
     value = 1 << (spec.format.bits - 1 + spec.format.shift)
     planes = [library.full(s, value, spec.format.dtype) for s in spec.plane_shapes()]
     return Frame(tuple(planes), spec, 0)

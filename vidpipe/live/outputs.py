@@ -19,6 +19,7 @@ import av
 import av.error
 
 from vidpipe.clock import Clock
+from vidpipe.device import Device
 from vidpipe.errors import InputError, OutputError, SpecError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.link import Policy
@@ -107,7 +108,8 @@ class Callback(LiveSink):
 
     Args:
         function: takes a `Frame`; its planes are on the device where they were made, and may
-            be kept.
+            be kept. Behind an enhance stage they are ready; behind other stages on a GPU they
+            are when `frame.ready` is reached.
     """
 
     capacity = 1
@@ -115,6 +117,10 @@ class Callback(LiveSink):
     def __init__(self, function: Callable[[Frame], Any]) -> None:
         super().__init__()
         self._function = function
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Take frames where they are."""
+        return spec.device
 
     def plan(self, spec: FrameSpec) -> None:
         """Take anything."""

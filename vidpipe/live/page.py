@@ -11,8 +11,9 @@ from typing import Any
 import av
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from vidpipe.device import CPU, import_cupy, setup_lock
 from vidpipe.errors import InputError
-from vidpipe.frame import Frame, FrameSpec, Matrix, Range
+from vidpipe.frame import Array, Frame, FrameSpec, Matrix, Range
 from vidpipe.live.outputs import LiveSink
 from vidpipe.media.convert import frame_from
 from vidpipe.stage import register
@@ -121,6 +122,17 @@ def png(frame: Frame) -> bytes:
     return _Encoder("png", frame.spec.width, frame.spec.height, 0)(frame)
 
 
+def on_host(frame: Frame) -> tuple[Array, ...]:
+    """Return a frame's planes as NumPy arrays; from a GPU by a copy, which is waited for."""
+    if frame.spec.device == CPU:
+        return frame.planes
+    with setup_lock:
+        import_cupy(frame.spec.device)
+        if frame.ready is not None:
+            frame.ready.synchronize()
+        return tuple(plane.get() for plane in frame.planes)
+
+
 class _Encoder:
     """Turns frames into single pictures of one size."""
 
@@ -142,7 +154,7 @@ class _Encoder:
     def __call__(self, frame: Frame) -> bytes:
         color = frame.spec.resolved_color()
         picture = self._reformatter.reformat(
-            frame_from(frame.planes, frame.spec.format),
+            frame_from(on_host(frame), frame.spec.format),
             *self.size,
             self._format,
             src_colorspace=1 if color.matrix == Matrix.BT709 else 5,

@@ -237,11 +237,14 @@ class Live:
         }
 
     def _source(self, source: Capture, progress: Mapping[str, StageReport]) -> dict[str, Any]:
-        entrance = sum(
-            progress[node.name].dropped
-            for node in self.graph.readers(source.name)
-            if node.name not in self.sinks
-        )
+        readers = {node.name for node in self.graph.readers(source.name)} - self.sinks.keys()
+        # Where models run on a GPU, the pipeline's own transfer is the first reader.
+        readers |= {
+            name
+            for name in progress.keys() - self.graph.nodes.keys()
+            if name.startswith(f"{source.name}-to-")
+        }
+        entrance = sum(progress[name].dropped for name in readers)
         spec = self.pipeline.specs.get(source.name)
         return {
             "state": source.state,
@@ -265,6 +268,7 @@ class Live:
             "costs_ms": [round(c * 1000, 1) for c in (governor.costs_s if governor else [])],
             "frames": progress.frames_in,
             "provider": stage.provider(),
+            "chosen": stage.chosen or None,
             "size": None if pair is None else str(pair[1].spec),
             "source": self.graph.root(name).name,
         }

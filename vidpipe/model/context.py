@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vidpipe.errors import ModelError, OutputError
 from vidpipe.model.cache import Cache
-from vidpipe.model.session import first_line, import_onnxruntime
+from vidpipe.providers.base import Found, Request
+from vidpipe.providers.runtime import first_line, import_onnxruntime
 
 KIND = "context"
 _FILE = "model.onnx"
@@ -65,6 +66,29 @@ def context_facts(
         "runtime": f"onnxruntime {import_onnxruntime().__version__}",
         "options": dict(options),
     }
+
+
+def facts_for(found: Found, graph: bytes, request: Request, model: str = "") -> dict[str, Any]:
+    """Return `context_facts` of a provider that was found."""
+    provider, device = found.provider, found.device
+    about: dict[str, str] = {}
+    if device is not None:
+        about = {**device.device.metadata, **device.ep_metadata}
+    return context_facts(
+        graph,
+        provider=f"{found.ep} {about.get('version', '')}".strip(),
+        device=f"{found.kind} {about.get('FULL_DEVICE_NAME') or _hardware(device)}".strip(),
+        driver=about.get("driver_version", ""),
+        options=provider.options(replace(request, cache=None)),
+        model=model,
+    )
+
+
+def _hardware(device: Any) -> str:
+    if device is None:
+        return processor_name()
+    hardware = device.device
+    return f"{hardware.vendor} {hardware.vendor_id:04x}:{hardware.device_id:04x}"
 
 
 def load(

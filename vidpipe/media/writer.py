@@ -461,6 +461,9 @@ class Writer:
         }
 
 
+_REORDERED = 16  # frames; more than any encoder decodes before they are shown
+
+
 def _set_dts(packets: list[Any]) -> None:
     """Give all packets of a very short clip their decoding times, unless they have them.
 
@@ -471,7 +474,10 @@ def _set_dts(packets: list[Any]) -> None:
     """
     given = [packet.dts for packet in packets]
     rising = None not in given and all(a < b for a, b in pairwise(given))
-    if rising and all(packet.dts <= packet.pts for packet in packets):
+    times = sorted(packet.pts for packet in packets)
+    step = max([b - a for a, b in pairwise(times)] + [p.duration or 1 for p in packets])
+    # Undefined ones may rise as well, but far away from the pictures' times.
+    if rising and all(p.pts - _REORDERED * step <= p.dts <= p.pts for p in packets):
         return
     following: int | None = None
     for packet in reversed(packets):

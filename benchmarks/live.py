@@ -10,6 +10,7 @@ VIDPIPE_LIVE_S is how long each part runs, 10 s by default: 600 for ten minutes.
     python -m benchmarks.live --outage 10                    a source that goes away and is back
     python -m benchmarks.live --toggle 30                    controls changed while it runs
     python -m benchmarks.live --shares 5                     processor time beside the model's
+    python -m benchmarks.live --gpu 20 --model fast-2x       latency of 1080p60 through a GPU
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ import numpy as np
 import psutil
 
 from vidpipe.clock import MonotonicClock
+from vidpipe.device import CPU, Device, import_cupy
 from vidpipe.errors import VidpipeError
 from vidpipe.frame import Frame, FrameSpec, pixel_format
 from vidpipe.graph import Graph
 from vidpipe.live.capture import Frames
 from vidpipe.live.meter import percentile
 from vidpipe.live.outputs import Callback
+from vidpipe.live.page import on_host
 from vidpipe.live.session import Live
+from vidpipe.pipeline import Pipeline
 
 WIDTH, HEIGHT = 640, 360
 CELL = 16  # pixels; survives a network that sharpens or smooths
@@ -470,6 +474,117 @@ def drawn_chart(times: Sequence[float], curves: dict[str, list[float]]) -> str:
     )
 
 
+class Stills:
+    """Eight numbered 8-bit 4:2:0 pictures in turns, at a constant rate, ready beforehand.
+
+    Args:
+        width, height: pixels.
+        rate: frames per second.
+        seconds: how long.
+        device: where the pictures are.
+    """
+
+    COUNT = 8
+
+    def __init__(
+        self, width: int, height: int, rate: int, seconds: float, device: Device = CPU
+    ) -> None:
+        self.clock = MonotonicClock()
+        self.count = round(rate * seconds)
+        self.late_s = 0.0
+        self.spec = FrameSpec(
+            width=width,
+            height=height,
+            format=pixel_format("yuv420p"),
+            time_base=Fraction(1, rate),
+            rate=Fraction(rate),
+            device=device,
+        )
+        ramp = np.add.outer(np.arange(height), np.arange(width)) % 200 + 20
+        chroma = np.full((height // 2, width // 2), 128, np.uint8)
+        self._pictures: list[tuple[Any, ...]] = []
+        for number in range(self.COUNT):
+            luma = ramp.astype(np.uint8)
+            draw(luma, 0, number)
+            self._pictures.append((luma, chroma, chroma))
+        if device != CPU:
+            cupy = import_cupy(device)
+            self._pictures = [tuple(map(cupy.asarray, planes)) for planes in self._pictures]
+            cupy.cuda.Device(device.index).synchronize()
+
+    def __iter__(self) -> Iterator[Frame]:
+        start_s = self.clock.now_s()
+        for number in range(self.count):
+            due_s = start_s + number / self.spec.time_base.denominator
+            time.sleep(max(0.0, due_s - self.clock.now_s()))
+            now_s = self.clock.now_s()
+            self.late_s = max(self.late_s, now_s - due_s)
+            planes = self._pictures[number % self.COUNT]
+            yield Frame(planes, self.spec, number, captured_s=now_s)
+
+
+def gpu(
+    model: str, seconds: float, width: int = 1920, height: int = 1080, rate: int = 60
+) -> dict[str, Any]:
+    """Return the latency of frames through a model on a GPU, from hand-in to ready result.
+
+    Args:
+        model: enlarges two times.
+        seconds: of each of the six runs: the model stage by itself and the enhance stage, from
+            host to device, device to device and host to host.
+        width, height, rate: of the source.
+    """
+    stages: dict[str, dict[str, Any]] = {
+        "model": {"model": model, "device": "cuda"},
+        "enhance": {"tiers": [model], "tier": model, "latency_budget_s": 1.0, "device": "cuda"},
+    }
+    cases = {
+        "host_to_device": (CPU, False),
+        "device_to_device": (Device("cuda"), False),
+        "host_to_host": (CPU, True),
+    }
+    figures: dict[str, Any] = {"processors": psutil.cpu_count(), "size": f"{width}x{height}"}
+    for (use, options), (case, (device, down)) in itertools.product(stages.items(), cases.items()):
+        source = Stills(width, height, rate, seconds, device)
+        latencies, numbers, last = array("d"), array("q"), list[Frame]()
+
+        def take(
+            frame: Frame,
+            source: Stills = source,
+            latencies: array[float] = latencies,
+            numbers: array[int] = numbers,
+            last: list[Frame] = last,
+        ) -> None:
+            if frame.ready is not None:
+                frame.ready.synchronize()
+            latencies.append(source.clock.now_s() - frame.captured_s)
+            numbers.append(frame.pts)
+            last[:] = [frame]
+
+        graph = Graph().add("in", Frames(source.spec, source)).add("work", use, "in", **options)
+        if down:
+            graph.add("down", "transfer", "work", device="cpu")
+        graph.add("out", Callback(take), "down" if down else "work")
+        pipeline = Pipeline(graph, capacity=1)
+        report = pipeline.run()
+        drops = sum(stage.dropped for stage in report.stages)
+        if report.problems or len(numbers) + drops != source.count:
+            raise RuntimeError(f"{len(numbers)} out, {drops} dropped: {report.problems}")
+        if read(on_host(last[0])[0], 0, 2) != last[0].pts % source.COUNT:
+            raise RuntimeError("the last picture is not the one that went in")
+        figures |= {
+            f"{use}.{case}.frames": f"{len(numbers)} of {source.count}",
+            f"{use}.{case}.drops": drops,
+            **{
+                f"{use}.{case}.p{percent}_ms": 1000 * percentile(latencies, percent)
+                for percent in (50, 95, 99)
+            },
+            f"{use}.{case}.max_ms": 1000 * max(latencies),
+            f"{use}.{case}.source_late_max_ms": 1000 * source.late_s,
+        }
+    return figures
+
+
 def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
     """Return the figures of four runs; the clip and the rounds are not used."""
     del clip, rounds
@@ -495,7 +610,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("--clip", type=Path, default=Path("samples/bigbuckbunny.mp4"))
     parser.add_argument("--model", default="nano-2x")
-    for part in ("soak", "outage", "toggle", "shares"):
+    for part in ("soak", "outage", "toggle", "shares", "gpu"):
         parser.add_argument(f"--{part}", type=float, metavar="SECONDS")
     parser.add_argument("--chart", type=Path, default=Path("soak.svg"), help="of --soak")
     parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
@@ -510,6 +625,8 @@ def main() -> None:
         figures |= outage(arguments.outage)
     if arguments.shares:
         figures |= shares(arguments.clip, arguments.model, arguments.shares)
+    if arguments.gpu:
+        figures |= gpu(arguments.model, arguments.gpu)
     if arguments.soak:
         figures |= soak(arguments.model, arguments.soak, arguments.chart)
     print(json.dumps(figures, indent=2))

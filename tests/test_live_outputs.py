@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,7 +162,7 @@ def test_a_full_socket_holds_up_nobody_else(doubler: str) -> None:
     while sink.state != "lost" and time.perf_counter() < end_s:
         feed.push()
         number += 1
-        until(lambda n=number: len(seen) >= n, 5)
+        until(lambda n=number: len(seen) >= n, 5)  # type: ignore[misc]
     assert sink.state == "lost"
     assert live.state()["sinks"]["free"]["frames"] == number
     feed.end()
@@ -264,3 +265,17 @@ def test_the_real_pyvirtualcam_without_a_device_is_one_line() -> None:
     sink.plan(live_spec())
     with pytest.raises(OutputError, match="v4l2loopback"):
         sink.open()
+
+
+def test_an_old_pyav_is_warned_of_where_an_output_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidpipe.live.outputs._OLD_PYAV", True)
+    events: list[dict[str, Any]] = []
+    for url in (f"tcp://127.0.0.1:{free_port()}", f"udp://127.0.0.1:{free_port()}"):
+        sink = StreamOut(url=url)
+        sink.notify, sink.name = events.append, url[:3]
+        sink.plan(spec())
+        with suppress(OutputError):
+            sink.open()
+        sink.close()
+    assert [(e["event"], e["sink"]) for e in events] == [("warning", "tcp")]
+    assert "all stops while this output connects" in events[0]["reason"]

@@ -496,3 +496,13 @@ def test_little_gpu_memory_makes_rings_shorter_and_says_so() -> None:
 def test_too_little_gpu_memory_is_refused_before_anything_starts() -> None:
     with pytest.raises(SpecError, match=r"the frames alone need .* Raise --vram-limit"):
         planned(20_000, OnGpu(True))
+
+
+def test_behind_a_live_source_a_transfer_keeps_the_latest_frame_too() -> None:
+    source = patterns(1)
+    source.policy = Policy.LATEST
+    graph = Graph("live").add("in", source).add("s", OnGpu(), "in")
+    pipeline = Pipeline(graph.add("out", GpuSink(), "s"))
+    pipeline.plan()
+    links = [r.input.policy for r in pipeline._runners.values() if r.input is not None]
+    assert links == [Policy.LATEST, Policy.LATEST, Policy.BLOCK]

@@ -323,7 +323,7 @@ def _ring_bytes(runners: Iterable[_Runner], specs: dict[str, FrameSpec]) -> int:
 
 def _link(writer: Actor, reader: Actor, capacity: int, clock: Clock) -> Link:
     """Return the link between two actors; at the ends of a live graph the latest frame wins."""
-    policy = writer.policy if isinstance(writer, Source) else Policy.BLOCK
+    policy = writer.policy if isinstance(writer, Source | Transfer) else Policy.BLOCK
     if isinstance(reader, Sink):
         policy = Policy.LATEST if reader.policy is Policy.LATEST else policy
         capacity = reader.capacity or capacity
@@ -503,6 +503,8 @@ class Pipeline:
         name = f"{writer.node.name}-to-{target.kind}"
         actor = Transfer(device=str(target))
         actor.name, actor.clock = name, self.clock
+        if isinstance(writer.actor, Source):
+            actor.policy = writer.actor.policy
         actor.plan(spec)
         runner = _Runner(Node(name, "transfer", writer.node.name, {}, actor), actor, self)
         runner.spec = spec

@@ -11,6 +11,7 @@ import numpy as np
 from vidpipe.device import CPU, Device, Ring, Slot, import_cupy, new_stream
 from vidpipe.errors import SpecError
 from vidpipe.frame import Frame, FrameSpec
+from vidpipe.link import Policy
 from vidpipe.stage import Stage, register
 
 
@@ -82,6 +83,9 @@ class Transfer(Stage):
     Args:
         device: "cpu", "cuda" or "cuda:N".
     """
+
+    policy: Policy = Policy.BLOCK
+    """What the links behind it do when they are full: what those behind a source before it do."""
 
     def __init__(self, *, device: str) -> None:
         self.target = Device.parse(device)

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vidpipe.errors import InputError, VidpipeError
-from vidpipe.graph import Graph
+from vidpipe.graph import Graph, Node
 from vidpipe.interrupts import interrupts
 
 if TYPE_CHECKING:
@@ -100,7 +100,12 @@ def live(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where models run: auto, cpu.", rich_help_panel=_RUN)
+        str | None,
+        typer.Option(
+            help="What models run on: auto, cpu, cuda[:N], rtx, openvino, webgpu, directml, "
+            "winml:NAME. [default: auto]",
+            rich_help_panel=_RUN,
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each model.", rich_help_panel=_RUN)
@@ -132,9 +137,9 @@ def live(
             "tiers": tier,
             "strength": strength,
             "latency_budget_s": None if latency_budget is None else seconds(latency_budget),
-            "device": device,
             "threads": threads,
         },
+        device=device,
         audio=audio,
         virtual_camera=virtual_camera,
         streams=stream or [],
@@ -143,6 +148,7 @@ def live(
         overrides=set_ or [],
     )
     host, port = page_address(page) if page is not None else ("", 0)
+    place(built, size, threads or 0)
     running = Live(built, snapshots=snapshots)
     screen = _Screen(running, as_json)
     stop = threading.Event()
@@ -180,6 +186,7 @@ def live_graph(
     graph: str | None = None,
     capture: dict[str, Any] | None = None,
     enhance: dict[str, Any] | None = None,
+    device: str | None = None,
     audio: bool | None = None,
     virtual_camera: bool = False,
     streams: list[str] | None = None,
@@ -193,6 +200,7 @@ def live_graph(
         source: see `parse_source`; for the graph's capture stage, if it names none.
         graph: a shipped graph or a file; by default capture, enhance and the sinks.
         capture, enhance: options for all stages of that kind; None values are left out.
+        device: what all models are to run on; None and "auto" leave that to the stages.
         audio: pass sound on, where a stage has that option.
         virtual_camera, streams, records, page: sinks to add behind the last enhance stage.
         overrides: "stage.key=value" each.
@@ -232,6 +240,9 @@ def live_graph(
             for key, value in (options or {}).items():
                 if value is not None:
                     built.set(node.name, key, value)
+    if device not in (None, "auto"):
+        for node in _with_models(built):
+            built.set(node.name, "device", device)
     if audio is not None:
         for use in ("capture", "stream", "record"):
             for node in built.using(use):
@@ -245,6 +256,42 @@ def live_graph(
         )
     built.validate()
     return built
+
+
+def place(graph: Graph, size: str | None = None, threads: int = 0) -> None:
+    """Choose once what models run on, for the stages that leave it open.
+
+    Args:
+        graph: changed here: `device` and `chosen` of its enhance and model stages.
+        size: "WIDTHxHEIGHT" of the source, where the user gave it.
+        threads: threads that the models may use; 0 for all.
+
+    Raises:
+        DeviceError: nothing can run models here.
+        ModelError: the model cannot be used.
+    """
+    from vidpipe.live.enhance import DEFAULT_TIERS, PLAIN
+    from vidpipe.model.choose import choose
+
+    first: dict[str, str] = {}  # the best model of each stage that has any
+    for node in _with_models(graph):
+        if node.options.get("device", "auto") == "auto":
+            tiers = [node.options["model"]] if "model" in node.options else None
+            tiers = tiers or node.options.get("tiers", DEFAULT_TIERS)
+            if models := [t for t in tiers if t != PLAIN]:
+                first[node.name] = models[0]
+    if not first:
+        return
+    given = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size or "")  # the source refuses others
+    known = (int(given[1]), int(given[2])) if given else None
+    choice = choose(None, next(iter(first.values())), known, threads=threads)
+    for name in first:
+        graph.set(name, "device", choice.device)
+        graph.set(name, "chosen", choice.reason)
+
+
+def _with_models(graph: Graph) -> list[Node]:
+    return [*graph.using("enhance"), *graph.using("model")]
 
 
 def _free(graph: Graph, name: str) -> str:
@@ -305,6 +352,8 @@ class _Screen:
             self._json({"event": "started", "page": url, **self._running.state()})
             yield
             return
+        for line in sorted({f.chosen for f in self._running.filters.values()} - {""}):
+            self._err.print(line, markup=False, highlight=False, soft_wrap=True)
         if url is not None:
             self._err.print(f"page: {url}", markup=False, highlight=False, soft_wrap=True)
 

@@ -32,6 +32,9 @@ from vidpipe.live.rtp import RtpWriter
 from vidpipe.live.writer import LiveWriter
 from vidpipe.stage import Sink, Source, register
 
+_OLD_PYAV = int(av.__version__.partition(".")[0]) < 19
+"""It holds the interpreter's lock while it opens and closes an output."""
+
 
 class LiveSink(Sink):
     """A sink that measures latency and survives the loss of where it writes.
@@ -360,14 +363,33 @@ class StreamOut(_Encoded):
         self.options = dict(options or {})
         self.timeout_s = timeout_s
         self.listens = self.options.get("listen", "0") != "0" or _listen_in(url)
-        if self.listens and int(av.__version__.partition(".")[0]) < 19:
+        if self.listens and _OLD_PYAV:
             # It would wait with the interpreter's lock held, and not end.
             raise InputError(
                 f"waiting for whoever connects needs PyAV 19, this is {av.__version__}",
                 hint="Use Python 3.12 or later",
             )
+        # UDP and RTP connect to nobody.
+        self.holds_up = _OLD_PYAV and not url.startswith(("udp:", "rtp:", "unix:"))
         if bitrate is not None and bitrate < 1000:
             raise InputError(f"the bitrate is {bitrate}", hint="Write bits per second: 4000000")
+
+    def open(self) -> None:
+        """Connect, unless others are to connect to this.
+
+        Raises:
+            OutputError: it cannot be; what is lost later is tried again instead.
+        """
+        if self.holds_up:
+            self.notify(
+                {
+                    "event": "warning",
+                    "sink": self.name,
+                    "reason": f"with PyAV {av.__version__} all stops while this output connects, "
+                    "long if its server does not answer; Python 3.12 or later has a newer one",
+                }
+            )
+        super().open()
 
     def _connect(self, sound: AudioReader | None) -> LiveWriter:
         assert self._spec is not None

@@ -1,0 +1,196 @@
+"""The GPU path against doubles, on any machine; `test_cuda.py` runs it on a real GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fakecupy
+import modelgen
+import numpy as np
+import pytest
+
+from vidpipe.device import Device, Ring, new_stream
+from vidpipe.errors import DeviceError, DeviceMemoryError
+from vidpipe.frame import Frame
+from vidpipe.graph import Graph
+from vidpipe.model.compile import compile_model
+from vidpipe.model.cuda import CudaSession
+from vidpipe.model.descriptor import describe
+from vidpipe.model.stage import Model
+from vidpipe.pipeline import Pipeline
+from vidpipe.providers import provider
+from vidpipe.providers.base import Found
+from vidpipe.stage import FrameSource, Null
+from vidpipe.testing import Collect, pattern, spec
+from vidpipe.transfer import Mover
+
+GPU = Device("cuda")
+SPEC = spec(name="nv12")
+
+
+@pytest.fixture(autouse=True)
+def script() -> Iterator[fakecupy.Script]:
+    with fakecupy.installed() as found:
+        yield found
+
+
+def run(count: int, *stages: Any) -> tuple[list[Frame], Any]:
+    graph, sink, last = Graph("test"), Collect(), "in"
+    graph.add("in", FrameSource(SPEC, (pattern(SPEC, pts) for pts in range(count))))
+    for number, stage in enumerate(stages):
+        graph.add(f"s{number}", stage, last)
+        last = f"s{number}"
+    report = Pipeline(graph.add("out", sink, last)).run()
+    assert not report.problems
+    assert all(type(p) is np.ndarray for f in sink.frames for p in f.planes)
+    return sink.frames, report
+
+
+def differ(a: list[Frame], b: list[Frame]) -> int:
+    frames = zip(a, b, strict=True)
+    planes = [pair for f, g in frames for pair in zip(f.planes, g.planes, strict=True)]
+    return max(int(abs(p.astype(int) - q).max()) for p, q in planes)
+
+
+def session(tmp_path: Path, found: Any = None, **options: Any) -> tuple[CudaSession, Any]:
+    """A session on frames with two slots, prepared, and what they hold."""
+    model = describe(modelgen.nearest(tmp_path / "m.onnx", 2, 3))
+    compiled = compile_model(model, replace(SPEC, device=GPU), portable=False, half=False)
+    made = CudaSession(compiled, device=GPU, stream=new_stream(GPU), found=found, **options)
+    ring = Ring([(t.plane_shape, t.dtype) for t in compiled.outputs], 2, GPU)
+    for slot in ring.slots:
+        made.bind(slot.index, slot.buffers)
+    made.prepare()
+    return made, ring
+
+
+def test_rings_on_the_gpu_lend_slots_until_the_last_view_is_gone(script: Any) -> None:
+    ring = Ring([((4, 6), np.uint8), ((2, 3, 2), np.uint8)], 1, GPU)
+    slot, planes = ring.lease()
+    assert planes[1].data.ptr == planes[0].data.ptr + planes[0].nbytes
+    row = planes[0][1]
+    del planes
+    assert ring.lease()[0].index == 1
+    assert ring.grown == 1
+    del row
+    assert ring.lease()[0] is slot
+    script.free = 10
+    with pytest.raises(DeviceMemoryError, match="no 0 MiB left for frames"):
+        Ring([((4, 6), np.uint8)], 1, GPU)
+
+
+def test_frames_move_up_and_down_without_a_wait() -> None:
+    up = Mover(SPEC, GPU, 2)
+    down = Mover(up.spec, Device(), 2)
+    waiting = [up.move(pattern(SPEC, pts)) for pts in range(5)]
+    for pts, there in enumerate(waiting):
+        back = down.move(there)
+        assert back.ready is not None
+        back.ready.synchronize()
+        assert all(map(np.array_equal, pattern(SPEC, pts).planes, back.planes))
+    for pts in range(5):
+        frame = pattern(SPEC, pts)
+        there = up.move(frame)
+        back = down.move(there)
+        assert there.ready is not None
+        assert back.ready is not None
+        assert not all(map(np.array_equal, frame.planes, back.planes))
+        back.ready.synchronize()
+        assert all(map(np.array_equal, frame.planes, back.planes))
+
+
+def test_a_pipeline_moves_frames_where_the_model_is_and_waits_for_them(tmp_path: Path) -> None:
+    path = str(modelgen.random_net(tmp_path / "net.onnx", 2, 3, depth=2))
+    there, report = run(9, Model(model=path, device="cuda", memory_limit="1G"))
+    here, _ = run(9, Model(model=path))
+    assert differ(there, here) <= 1
+    names = [s.name for s in report.stages]
+    assert names == ["in", "in-to-cuda", "s0", "s0-to-cpu", "out"]
+    facts = report.stage("s0").facts
+    assert facts["device"] == "cuda:0"
+    assert facts["nodes"] == {"CUDAExecutionProvider": 2}
+    assert facts["cuda_graph"]["used"]
+    graph = Graph().add("in", FrameSource(SPEC, iter([pattern(SPEC)])))
+    graph.add("m", Model(model=path, device="cuda"), "in").add("out", Null(), "m")
+    assert not Pipeline(graph).run().problems
+
+
+def test_a_luma_model_runs_between_the_kernels(tmp_path: Path, script: Any) -> None:
+    path = str(modelgen.nearest(tmp_path / "m.onnx", 2))
+    _, report = run(3, Model(model=path, device="cuda"))
+    assert script.kernels == ["luma_in", "luma_out", "chroma"] * 3
+    assert report.stage("s0").facts["cuda_graph"]["used"]
+
+
+def test_the_providers_get_their_own_options(tmp_path: Path, script: Any) -> None:
+    made, _ = session(tmp_path, memory_bytes=1 << 20)
+    options, entries, runs, attached = script.sessions[-1]
+    assert attached is None
+    assert (options["enable_cuda_graph"], options["gpu_mem_limit"]) == ("1", str(1 << 20))
+    assert entries["session.disable_cpu_ep_fallback"] == "1"
+    assert {e["gpu_graph_id"] for e in runs} == {"-1", "1", "2"}
+    assert made.graph.used
+    assert (made.graph.eager_ms, made.graph.replay_ms) == (2.0, 1.0)
+    rtx = provider("rtx")
+    plug = SimpleNamespace(device=SimpleNamespace(type="OrtHardwareDeviceType.GPU"))
+    script.providers = [rtx.ep]
+    made, _ = session(tmp_path, Found(rtx, rtx.ep, plug), memory_bytes=1 << 20)
+    options, _, runs, attached = script.sessions[-1]
+    assert attached[0] == [plug]
+    assert (options["enable_cuda_graph"], options["has_user_compute_stream"]) == ("1", "1")
+    assert "gpu_mem_limit" not in options
+    assert {e["cuda_graph_annotation_id"] for e in runs} == {"-1", "1", "2"}
+    assert made.nodes_by_provider() == {rtx.ep: 2}
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"replay": "differs"}, "the replay differs from the run without a graph"),
+        ({"replay_ms": 3.0}, "the replay is slower"),
+        ({"capture": "fails"}, "capture failed: ONNX Runtime cannot run the model on cuda:0"),
+    ],
+)
+def test_graphs_that_are_not_worth_it_are_not_used(
+    tmp_path: Path, script: Any, change: dict[str, Any], reason: str
+) -> None:
+    vars(script).update(change)
+    made, ring = session(tmp_path)
+    assert not made.graph.used
+    assert made.graph.reason.startswith(reason)
+    runs = script.sessions[-1][2]
+    before = len(runs)
+    inputs = [buffer.copy() for buffer in made.inputs]
+    inputs[0][...] = np.arange(64).astype(np.uint8).view(type(inputs[0])) + 50
+    inputs[1][...] = 128
+    event = made.run(1, inputs, made._stream)
+    assert event is not None
+    event.synchronize()
+    assert [e["gpu_graph_id"] for e in runs[before:]] == ["-1"]
+    luma = ring.slots[1].buffers[0].get()
+    assert abs(luma.astype(int)[::2, ::2] - inputs[0].get()).max() <= 1
+
+
+def test_what_the_gpu_cannot_do_is_said(tmp_path: Path, script: Any) -> None:
+    script.fits = 10
+    with pytest.raises(DeviceMemoryError, match="too little free memory for the model"):
+        session(tmp_path)
+    script.fits, script.providers = 1 << 40, ["CPUExecutionProvider"]
+    with pytest.raises(DeviceError, match="asked for CUDAExecutionProvider, got CPUExecution"):
+        session(tmp_path)
+
+
+def test_tiles_are_halved_until_they_fit(tmp_path: Path, script: Any) -> None:
+    path = str(modelgen.nearest(tmp_path / "m.onnx", 2, 3))
+    whole, _ = run(3, Model(model=path, device="cuda"))
+    script.fits = 64 * 40
+    tiled, report = run(3, Model(model=path, device="cuda"))
+    assert report.stage("s0").facts["tiles"] is not None
+    assert differ(tiled, whole) == 0
+    with pytest.raises(DeviceMemoryError):
+        run(1, Model(model=path, device="cuda", tile="off"))

@@ -26,6 +26,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests, and the processes that they start, away from the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIDPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """Fail if a vidpipe thread or a file handle is left behind."""

@@ -13,6 +13,7 @@ from vidpipe import api
 from vidpipe.device import CPU, Device
 from vidpipe.errors import DeviceError, SpecError
 from vidpipe.model import choose as module
+from vidpipe.model.cache import Cache
 from vidpipe.model.choose import Choice, choose, measure, pick
 from vidpipe.model.descriptor import describe, find_model
 from vidpipe.providers import Target, provider
@@ -100,6 +101,7 @@ def test_the_faster_one_is_chosen_once_and_kept(two: None, cache: Path) -> None:
     assert again == first
     assert clock.count == asked
     assert len(sizes) == 2
+    assert [entry.kind for entry in Cache().entries()] == ["choice"]  # vidpipe cache list
     # Another size, preference or model is another question.
     choose("auto", "nano-2x", (96, 48), clock=clock)
     assert clock.count > asked

@@ -397,3 +397,16 @@ def test_progress_on_a_terminal_names_the_slowest_stage(sample: Path, tmp_path: 
     assert "slowest: model" in text
     assert "/75 frames" in text
     assert "fps" in text
+
+
+def test_precision_is_an_option_of_the_run(sample: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.mkv"
+    line = ("run", sample, out, "--duration", "0.2", "--device", "cpu", "--model", "nano-2x")
+    done = vidpipe(*line, "--precision", "int8", "--wait-compile", "--offline", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    (facts,) = [stage["facts"] for stage in report["stages"] if stage["use"] == "model"]
+    assert (facts["precision"], facts["swap"]) == ("int8", None)
+    out.unlink()
+    assert "TensorRT for RTX only" in refused(*line, "--precision", "fp8")
+    assert "float16 models in float32" in refused(*line, "--precision", "fp16")

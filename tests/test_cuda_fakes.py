@@ -136,13 +136,21 @@ def test_the_providers_get_their_own_options(tmp_path: Path, script: Any) -> Non
     assert made.graph.used
     assert (made.graph.eager_ms, made.graph.replay_ms) == (2.0, 1.0)
     rtx = provider("rtx")
-    plug = SimpleNamespace(device=SimpleNamespace(type="OrtHardwareDeviceType.GPU"))
+    card = SimpleNamespace(
+        type="OrtHardwareDeviceType.GPU",
+        metadata={},
+        vendor="NVIDIA",
+        vendor_id=0x10DE,
+        device_id=1,
+    )
+    plug = SimpleNamespace(device=card, ep_metadata={"version": "1.0"})
     script.providers = [rtx.ep]
     made, _ = session(tmp_path, Found(rtx, rtx.ep, plug), memory_bytes=1 << 20)
     options, _, runs, attached = script.sessions[-1]
     assert attached[0] == [plug]
     assert (options["enable_cuda_graph"], options["has_user_compute_stream"]) == ("1", "1")
     assert "gpu_mem_limit" not in options
+    assert Path(options["nv_runtime_cache_path"]).is_dir()
     assert {e["cuda_graph_annotation_id"] for e in runs} == {"-1", "1", "2"}
     assert made.nodes_by_provider() == {rtx.ep: 2}
     made.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +215,7 @@ class FakeNvml:
     def __init__(self, error: int = 0) -> None:
         self.error = error
         self.closed = False
+        self.asked: list[int | str] = []
 
     def nvmlInit_v2(self) -> int:  # noqa: N802
         return self.error
@@ -232,6 +234,11 @@ class FakeNvml:
         out._obj.value = 1
 
     def nvmlDeviceGetHandleByIndex_v2(self, index: int, out: Any) -> None:  # noqa: N802
+        self.asked.append(index)
+        out._obj.value = 7
+
+    def nvmlDeviceGetHandleByPciBusId_v2(self, bus: bytes, out: Any) -> None:  # noqa: N802
+        self.asked.append(bus.decode())
         out._obj.value = 7
 
     def nvmlDeviceGetMemoryInfo(self, handle: ctypes.c_void_p, out: Any) -> None:  # noqa: N802
@@ -262,7 +269,47 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         encoders=("hevc",),
     )
     assert library.closed
+    assert library.asked == [0]
     assert nvidia(FakeNvml(error=9)) == ("", (0, 0), ())
+
+
+def test_gpus_are_those_that_cuda_sees_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, int]] = []
+    monkeypatch.setattr(machine, "_opens", lambda codec, mode, gpu: opened.append((codec, gpu)))
+    buses = ["0000:81:00.0", "0000:01:00.0"]
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: len(buses), deviceGetPCIBusId=lambda index: buses[index]
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
+    library = FakeNvml()
+    _, _, gpus = nvidia(library, machine._cuda_buses())
+    assert library.asked == buses
+    assert [gpu.index for gpu in gpus] == [0, 1]
+    assert {gpu for _, gpu in opened} == {0, 1}  # FFmpeg counts as CUDA does
+    buses.clear()
+    assert nvidia(FakeNvml(), machine._cuda_buses())[2] == ()
+
+    def refuse(status: int) -> int:
+        raise OSError(status) if status != 100 else Refused
+
+    class Refused(Exception):
+        status = 100
+
+    runtime.getDeviceCount = lambda: refuse(100)
+    assert machine._cuda_buses() == []
+    runtime.getDeviceCount = lambda: refuse(35)
+    assert machine._cuda_buses() is None
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    assert machine._cuda_buses() is None
+
+
+def test_each_gpu_has_its_own_device() -> None:
+    facts = replace(ON_GPU, gpus=(GPU, replace(GPU, index=1)), providers=(CPU, CUDA))
+    text = [line.split() for line in lines(facts)]
+    asked = [words[1] for words in text if words[0] == "--device"]
+    assert asked == ["cpu", "cuda", "cuda:1"]
+    assert [d["device"] for d in listing(facts)["devices"]] == ["cpu", "cuda:0", "cuda:1"]
 
 
 def test_a_codec_of_a_missing_gpu_does_not_open() -> None:

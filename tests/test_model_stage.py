@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import modelgen
@@ -14,12 +15,16 @@ import numpy as np
 import onnx
 import pytest
 
+from vidpipe.device import Device
 from vidpipe.errors import DeviceError, MissingExtraError, ModelError, SpecError
 from vidpipe.frame import Color, Frame, FrameSpec, Range, pixel_format
 from vidpipe.model.compile import compile_model
 from vidpipe.model.descriptor import describe
 from vidpipe.model.session import HostSession
 from vidpipe.model.stage import Model, mean_change
+from vidpipe.model.variant import variant
+from vidpipe.providers import Target, provider
+from vidpipe.providers.base import Found
 from vidpipe.stage import options_of, stage_class
 from vidpipe.testing import pattern, spec
 
@@ -58,6 +63,8 @@ def test_it_is_registered_with_its_options() -> None:
         "device": (str, False),
         "prefer": (str, False),
         "allow_cpu_nodes": (bool, False),
+        "precision": (str, False),
+        "wait_compile": (bool, False),
         "chosen": (str, False),
         "threads": (int, False),
         "tile": (str, False),
@@ -346,6 +353,99 @@ def test_no_quantiser_is_put_behind_a_quantised_model(tmp_path: Path) -> None:
     )
     got = process(stage, frame).planes[0]
     assert np.abs(got - np.clip(value, 0, 255)).max() <= 0.51
+    stage.close()
+
+
+# -- precision ----------------------------------------------------------------------------
+
+
+def test_int8_runs_the_copy_and_says_so() -> None:
+    given = spec(64, 48)
+    ramp = np.add.outer(np.arange(48), np.arange(64)).astype(np.uint8) + 60
+    frame = pattern(given)
+    frame = frame.replace((ramp, *frame.planes[1:]), given)  # noise is not what it is meant for
+    stage = opened("nano-2x", given, precision="int8")  # type: ignore[arg-type]
+    got = process(stage, frame).planes[0].copy()
+    stage.close()
+    assert stage.report()["precision"] == "int8"
+    assert stage.report()["model"] == "nano-2x"
+    assert "in int8" in stage.report()["summary"]
+    stage = opened("nano-2x", given)  # type: ignore[arg-type]
+    plain = process(stage, frame).planes[0]
+    assert stage.report()["precision"] == "fp32"
+    assert 0 < np.abs(got.astype(int) - plain).max() <= 4
+    stage.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"precision": "int8"}, ModelError, "no copy in int8.*vidpipe models quantize"),
+        ({"precision": "fp16"}, ModelError, "the CPU computes float16 models in float32"),
+        ({"precision": "fp8"}, SpecError, "fp8 runs on TensorRT for RTX only.*--device rtx"),
+        ({"precision": "int4"}, SpecError, "'int4' is not known"),
+    ],
+)
+def test_a_precision_that_cannot_be_had_is_refused_before_anything_runs(
+    net: Path, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        Model(model=str(net), **options).plan(spec())
+    assert "\n" not in str(caught.value)
+
+
+def test_fp8_on_rtx_needs_a_copy_that_holds_such_values(net: Path) -> None:
+    """Up to the device; none has run it."""
+    model = describe(net)
+    with pytest.raises(ModelError, match=r"no copy in fp8.*Model Optimizer"):
+        variant(model, "fp8", on_cpu=False, provider="rtx")
+    copy = onnx.load(net)
+    path = net.with_name("net-fp8.onnx")
+    onnx.save(copy, path)
+    with pytest.raises(ModelError, match="has no fp8 values in it"):
+        variant(model, "fp8", on_cpu=False, provider="rtx")
+    zero = onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
+    copy.graph.initializer.append(zero)
+    onnx.save(copy, path)
+    found = variant(model, "fp8", on_cpu=False, provider="rtx")
+    assert (found.model.path, found.half, found.precision) == (path, False, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("precision", "half"), [("auto", True), ("fp32", False), ("fp16", True), ("int8", True)]
+)
+def test_on_a_gpu_the_precision_reaches_the_graph_and_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, precision: str, half: bool
+) -> None:
+    class Seen(Exception):
+        pass
+
+    seen: dict[str, Any] = {}
+    compiled: list[bool] = []
+
+    def gpu_session(model: Any, graph: Any, **options: Any) -> Any:
+        seen.update(options, model=model)
+        raise Seen
+
+    def compile_(*given: Any, **options: Any) -> Any:
+        compiled.append(options["half"])
+        return compile_model(*given, **options)
+
+    monkeypatch.setattr("vidpipe.model.kernels.gpu_session", gpu_session)
+    monkeypatch.setattr("vidpipe.model.stage.compile_model", compile_)
+    on_gpu = Found(provider("cuda"), "CUDAExecutionProvider")
+    monkeypatch.setattr(Target, "find", lambda self, prefer="speed": on_gpu)
+    monkeypatch.setattr("vidpipe.model.stage.Ring", lambda *_: SimpleNamespace(slots=[], grown=0))
+    monkeypatch.setattr("vidpipe.model.stage.new_stream", lambda device: None)
+    monkeypatch.setattr(
+        "vidpipe.model.stage.import_cupy", lambda device: SimpleNamespace(asarray=np.asarray)
+    )
+    stage = Model(model="nano-2x", device="cuda", precision=precision, memory_limit="1G")
+    stage.plan(replace(spec(64, 48), device=Device("cuda")))
+    with pytest.raises(Seen):
+        stage.open()
+    assert (seen["half"], compiled) == (half, [half])
+    assert (seen["model"].precision == "int8") == (precision == "int8")
     stage.close()
 
 

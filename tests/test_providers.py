@@ -409,7 +409,7 @@ def needs(name: str) -> None:
 
 
 def planes(device: str, model: Path | str, spec: FrameSpec, **options: Any) -> list[Any]:
-    stage = Model(model=str(model), device=device, **options)
+    stage = Model(model=str(model), device=device, wait_compile=True, **options)
     stage.plan(spec)
     stage.open()
     (out,) = stage.process(pattern(spec))
@@ -445,7 +445,9 @@ def test_openvino_gives_what_the_cpu_gives(name: str) -> None:
 def test_openvino_runs_every_node_in_tiles_and_at_any_strength() -> None:
     needs("openvino:cpu")
     spec = spec_of(96, 64)
-    tiled = Model(model="clean-1x-nano", device="openvino", tile="64x64", strength=0.0)
+    tiled = Model(
+        model="clean-1x-nano", device="openvino", tile="64x64", strength=0.0, wait_compile=True
+    )
     tiled.plan(spec)
     tiled.open()
     frame = pattern(spec)
@@ -463,7 +465,7 @@ def test_openvino_never_leaves_a_node_to_the_cpu_in_silence(tmp_path: Path) -> N
     spec = spec_of(32, 32, "gray")
     with pytest.raises(DeviceError, match=r"does not take LpPool, .*--allow-cpu-nodes"):
         planes("openvino", path, spec)
-    stage = Model(model=str(path), device="openvino", allow_cpu_nodes=True)
+    stage = Model(model=str(path), device="openvino", allow_cpu_nodes=True, wait_compile=True)
     stage.plan(spec)
     stage.open()
     (out,) = stage.process(pattern(spec))
@@ -479,7 +481,7 @@ def test_openvino_reads_what_is_in_a_buffer_at_each_run() -> None:
     """Its inputs are copied when they are bound; buffers and the strength change later."""
     needs("openvino:cpu")
     spec = spec_of(64, 48)
-    stage = Model(model="clean-1x-nano", device="openvino", strength=0.0)
+    stage = Model(model="clean-1x-nano", device="openvino", strength=0.0, wait_compile=True)
     stage.plan(spec)
     stage.open()
     frame = pattern(spec)

@@ -15,7 +15,7 @@ import onnx
 import pytest
 
 from tests.modelgen import Net, nearest, random_net
-from vidpipe.errors import ModelError, OutputError
+from vidpipe.errors import ModelError, OutputError, SpecError
 from vidpipe.frame import Frame
 from vidpipe.model import ptq, quantize
 from vidpipe.model.cache import Cache
@@ -295,7 +295,7 @@ def test_precision_says_which_file_runs() -> None:
         on_gpu = variant(model, "auto", on_cpu=False)
         assert (on_gpu.model, on_gpu.half, on_gpu.precision) == (model, True, "fp16")
     assert not variant(nano, "fp32", on_cpu=False).half
-    assert set(PRECISIONS) == {"auto", "fp32", "fp16", "int8"}
+    assert PRECISIONS == ("auto", "fp32", "fp16", "int8", "fp8", "fp4")
 
 
 def test_a_precision_that_is_not_there_is_said() -> None:
@@ -306,7 +306,7 @@ def test_a_precision_that_is_not_there_is_said() -> None:
         variant(fast, "fp16", on_cpu=True)
     with pytest.raises(ModelError, match="is in int8, fp32 was asked for"):
         variant(copy, "fp32", on_cpu=True)
-    with pytest.raises(ModelError, match="'int4' is not known"):
+    with pytest.raises(SpecError, match="'int4' is not known"):
         variant(fast, "int4", on_cpu=True)
     assert variant(copy, "auto", on_cpu=True).model == copy
 

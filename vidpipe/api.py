@@ -109,6 +109,7 @@ def build_graph(
     quality: str | None = None,
     device: str | None = None,
     prefer: str = "speed",
+    precision: str = "auto",
     overrides: Sequence[str] = (),
     **options: Any,
 ) -> Graph:
@@ -124,9 +125,10 @@ def build_graph(
             leaves the frames where that takes them. None and "auto" choose by what is there
             and by a short measurement, for the stages that say nothing themselves.
         prefer: "speed", "latency" or "efficiency".
+        precision: "auto", "fp32", "fp16" or "int8"; "fp8" or "fp4" on "rtx". See the model stage.
         overrides: "stage.key=value" each; they win over everything else.
-        options: options of the decode, model and encode stages, such as `start_s`, `threads`
-            or `crf`; each goes to all the stages that take it.
+        options: options of the decode, model and encode stages, such as `start_s`, `threads`,
+            `wait_compile` or `crf`; each goes to all the stages that take it.
 
     Raises:
         GraphError: the graph is wrong or does not fit the other arguments.
@@ -136,7 +138,8 @@ def build_graph(
 
     def choice_for(first: str) -> Choice:
         threads = options.get("threads") or 0
-        return choose(device, first, partial(_size_of, source), prefer=prefer, threads=threads)
+        size = partial(_size_of, source)
+        return choose(device, first, size, prefer=prefer, precision=precision, threads=threads)
 
     choice: Choice | None = None
     if graph is None:
@@ -166,6 +169,8 @@ def build_graph(
     _set_everywhere(built, options)
     if prefer != "speed":
         _set_everywhere(built, {"prefer": prefer})
+    if precision != "auto":
+        _set_everywhere(built, {"precision": precision})
     if device not in (None, "auto"):
         _place(built, choice or choice_for(""), [*built.using("decode"), *built.using("model")])
     for assignment in overrides:
@@ -444,7 +449,10 @@ class Enhancer:
     ) -> None:
         from vidpipe.model.stage import Model
 
-        self._stage = Model(model=str(model), strength=strength, device=device, threads=threads)
+        # The same picture is to give the same result at every call.
+        self._stage = Model(
+            model=str(model), strength=strength, device=device, threads=threads, wait_compile=True
+        )
         self._spec: FrameSpec | None = None
 
     def __call__(self, picture: Any) -> Any:

@@ -27,6 +27,7 @@ from vidpipe.graph import Graph, shipped_graphs
 from vidpipe.interrupts import interrupts
 from vidpipe.live.command import live
 from vidpipe.pipeline import Pipeline, Report, slowest_stage
+from vidpipe.providers.runtime import forbid_downloads
 from vidpipe.segments import SplitRun
 
 EXIT_STOPPED = 130
@@ -56,6 +57,17 @@ class Prefer(StrEnum):
     speed = "speed"
     latency = "latency"
     efficiency = "efficiency"
+
+
+class Precision(StrEnum):
+    """What models compute in."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    int8 = "int8"
+    fp8 = "fp8"
+    fp4 = "fp4"
 
 
 class Deinterlace(StrEnum):
@@ -208,6 +220,21 @@ def run(
     prefer: Annotated[
         Prefer, typer.Option(help="What the device is chosen and set for.", rich_help_panel=_RUN)
     ] = Prefer.speed,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="What models compute in; fp8, fp4: rtx only.", rich_help_panel=_RUN),
+    ] = Precision.auto,
+    wait_compile: Annotated[
+        bool,
+        typer.Option(
+            "--wait-compile",
+            help="Wait for a compiler rather than begin on the CPU.",
+            rich_help_panel=_RUN,
+        ),
+    ] = False,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Download nothing.", rich_help_panel=_RUN)
+    ] = False,
     allow_cpu_nodes: Annotated[
         bool,
         typer.Option(
@@ -250,6 +277,8 @@ def run(
     from vidpipe.api import make_run
     from vidpipe.trace import Tracer
 
+    if offline:
+        forbid_downloads()
     jobs = _jobs(paths)
     options = {
         "start_s": start,
@@ -257,6 +286,8 @@ def run(
         "deinterlace": deinterlace.value if deinterlace else None,
         "device": device,
         "prefer": prefer.value,
+        "precision": precision.value,
+        "wait_compile": wait_compile or None,
         "allow_cpu_nodes": allow_cpu_nodes or None,
         "threads": threads,
         "tile": tile,
@@ -384,7 +415,17 @@ def _progress(pipeline: Pipeline | SplitRun) -> dict[str, Any]:
         "speed": round(media_s / elapsed_s, 3) if elapsed_s > 0 else 0.0,
         "eta_s": None if eta_s is None else round(eta_s, 1),
         "slowest": slowest.name if slowest else None,
+        "status": _status(pipeline),
     }
+
+
+def _status(pipeline: Pipeline | SplitRun) -> str:
+    """Return what models still wait for, or ""."""
+    if not isinstance(pipeline, Pipeline):
+        return ""
+    names = [stage.name for stage in pipeline.progress() if stage.use == "model"]
+    told = (getattr(pipeline.actor(name), "status", "") for name in names)
+    return "; ".join(text for text in told if text)
 
 
 def _show_progress(
@@ -405,6 +446,8 @@ def _show_progress(
             line = f"{seen['frames']}{of} frames  {seen['fps']:.1f} fps  {seen['speed']:.2f}x"
             if seen["slowest"]:
                 line += f"  slowest: {seen['slowest']}"
+            if seen["status"]:
+                line += f"  {seen['status']}"
             done = seen["frames"] if frames else seen["media_s"]
             bar.update(task, completed=done, line=line)
 

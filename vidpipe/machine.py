@@ -11,7 +11,7 @@ import ctypes.util
 import platform
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distributions
@@ -32,6 +32,9 @@ ENCODERS = ("h264", "hevc", "av1")
 LIBRARIES = ("cublas", "cudnn", "curand", "cudart")
 """CUDA libraries that ONNX Runtime's CUDA provider loads."""
 
+_NO_DEVICE = 100
+"""What CUDA answers where it shows a process no GPU: cudaErrorNoDevice."""
+
 _VENDORS = {0x8086: "Intel", 0x1002: "AMD", 0x10DE: "NVIDIA", 0x5143: "Qualcomm"}
 
 
@@ -40,7 +43,7 @@ class Gpu:
     """An NVIDIA GPU, as its driver describes it.
 
     Attributes:
-        index: the driver's ordinal.
+        index: CUDA's ordinal, as in "cuda:1"; the driver's where CuPy is missing.
         name: of the chip or card.
         memory_bytes, free_bytes: all of its memory, and what is free now.
         capability: CUDA compute capability, (major, minor).
@@ -139,7 +142,7 @@ def gather() -> Facts:
         runtime, available = str(ort.__version__), tuple(ort.get_available_providers())
     except Exception as failure:  # also a library that does not load
         error = first_line(failure)
-    driver, driver_cuda, gpus = nvidia()
+    driver, driver_cuda, gpus = nvidia(buses=_cuda_buses())
     packages = installed_packages()
     states = [state_of(p, ort) for p in all_providers()]
     if not gpus:
@@ -230,11 +233,27 @@ class _Memory(ctypes.Structure):
     )
 
 
-def nvidia(library: Any = None) -> tuple[str, tuple[int, int], tuple[Gpu, ...]]:
+def _cuda_buses() -> list[str] | None:
+    """Return the PCI address of every GPU that CUDA shows this process, in its order.
+
+    None where CuPy does not work: nothing is known then of CUDA's order.
+    """
+    try:
+        from cupy.cuda import runtime
+
+        return [str(runtime.deviceGetPCIBusId(i)) for i in range(runtime.getDeviceCount())]
+    except Exception as error:  # also a library that does not load
+        return [] if getattr(error, "status", None) == _NO_DEVICE else None
+
+
+def nvidia(
+    library: Any = None, buses: Sequence[str] | None = None
+) -> tuple[str, tuple[int, int], tuple[Gpu, ...]]:
     """Ask NVIDIA's management library (NVML), which comes with the driver.
 
     Args:
         library: the loaded library; by default the system's.
+        buses: PCI addresses of the GPUs to ask about; all that the driver has if not given.
 
     Returns:
         The driver's version, the newest CUDA that it runs, and the GPUs; empty without one.
@@ -251,7 +270,8 @@ def nvidia(library: Any = None) -> tuple[str, tuple[int, int], tuple[Gpu, ...]]:
         version, count = ctypes.c_int(), ctypes.c_uint()
         library.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version))
         library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-        gpus = tuple(_gpu(library, index) for index in range(count.value))
+        places: Sequence[int | str] = range(count.value) if buses is None else buses
+        gpus = tuple(_gpu(library, index, place) for index, place in enumerate(places))
         cuda = (version.value // 1000, version.value % 1000 // 10)
         return _text(library.nvmlSystemGetDriverVersion), cuda, gpus
     finally:
@@ -263,10 +283,13 @@ def _text(ask: Callable[..., int], *arguments: Any) -> str:
     return "" if ask(*arguments, buffer, 96) else buffer.value.decode()
 
 
-def _gpu(library: Any, index: int) -> Gpu:
+def _gpu(library: Any, index: int, place: int | str) -> Gpu:
     handle, memory = ctypes.c_void_p(), _Memory()
     major, minor = ctypes.c_int(), ctypes.c_int()
-    library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+    if isinstance(place, str):
+        library.nvmlDeviceGetHandleByPciBusId_v2(place.encode(), ctypes.byref(handle))
+    else:
+        library.nvmlDeviceGetHandleByIndex_v2(place, ctypes.byref(handle))
     library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
     library.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
     return Gpu(

@@ -14,7 +14,11 @@ from vidpipe.stage import FrameSource, Sink, Source
 
 
 def warm_graph(
-    graph: str, size: tuple[int, int], pix_fmt: str = "yuv420p", device: str | None = None
+    graph: str,
+    size: tuple[int, int],
+    pix_fmt: str = "yuv420p",
+    device: str | None = None,
+    precision: str | None = None,
 ) -> Iterator[str]:
     """Put one frame through a graph, with its files left out; yield a line for each model.
 
@@ -23,6 +27,7 @@ def warm_graph(
         size: (width, height) of the source's pictures.
         pix_fmt: what the decoder gives.
         device: where the models run; as the graph says if not given.
+        precision: what the models compute in; as the graph says if not given.
 
     Raises:
         GraphError: there is no such graph.
@@ -40,8 +45,11 @@ def warm_graph(
     planes = tuple(np.full(shape, grey, spec.format.dtype) for shape in spec.plane_shapes())
     given = Graph.load(graph)
     models = [node.name for node in given.using("model")]
-    if device is not None:
-        for name in models:
+    for name in models:
+        given.set(name, "wait_compile", True)
+        if precision is not None:
+            given.set(name, "precision", precision)
+        if device is not None:
             given.set(name, "device", device)
     pipeline = Pipeline(_without_files(given, Frame(planes, spec, 0)))
     report = pipeline.run()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vidpipe.errors import InputError
+from vidpipe.providers.runtime import forbid_downloads
 
 out = Console()
 err = Console(stderr=True)
@@ -62,14 +63,20 @@ def warm(
     device: Annotated[
         str | None, typer.Option(help="Where models run. [default: the graph's]")
     ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="What models compute in. [default: the graph's]")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Download nothing.")] = False,
 ) -> None:
     """Build ahead what the models of a graph need for pictures of a size."""
     from vidpipe.model.cache import Cache
     from vidpipe.warm import warm_graph
 
+    if offline:
+        forbid_downloads()
     kept = Cache()
     before = {(e.kind, e.key) for e in kept.entries()}
-    for line in warm_graph(graph, _size(size), pix_fmt, device):
+    for line in warm_graph(graph, _size(size), pix_fmt, device, precision):
         _print(line)
     new = [e for e in kept.entries() if (e.kind, e.key) not in before]
     total = sum(e.bytes for e in new) / 2**20

@@ -94,7 +94,7 @@ def lines(facts: Facts) -> list[str]:
         )
         found.append(f"  decodes {', '.join(gpu.decoders) or 'nothing'}")
         found.append(f"  encodes {', '.join(gpu.encoders) or 'nothing'}")
-        found += [_provider_line(state, facts) for state in _serving(facts, gpu)]
+        found += [_provider_line(state, facts, gpu.index) for state in _serving(facts, gpu)]
     found += [f"{card}: reached through openvino, webgpu or directml" for card in facts.cards]
     missing = [state for state in facts.providers if not state.devices and state.here]
     if missing:
@@ -112,11 +112,12 @@ def _serving(facts: Facts, gpu: Gpu | None) -> list[ProviderState]:
     return [s for s in facts.providers if s.devices and s.memory == memory]
 
 
-def _provider_line(state: ProviderState, facts: Facts) -> str:
+def _provider_line(state: ProviderState, facts: Facts, index: int = 0) -> str:
     kinds = "" if state.devices in (("cpu",), ("gpu",)) else f" on {', '.join(state.devices)}"
     version = f" {facts.runtime}" if state.name == "cpu" else ""
     names = {"cpu": "CPUExecutionProvider, ONNX Runtime"}
-    return f"  --device {state.name:9} {names.get(state.name, state.title)}{version}{kinds}"
+    device = f"{state.name}:{index}" if index else state.name
+    return f"  --device {device:9} {names.get(state.name, state.title)}{version}{kinds}"
 
 
 def _say(text: str, style: str = "") -> None:

@@ -26,6 +26,7 @@ from vidpipe.errors import DeviceError, OutputError, SpecError, VidpipeError
 from vidpipe.frame import Color, FrameSpec, pixel_format
 from vidpipe.model.cache import Cache
 from vidpipe.model.descriptor import Descriptor, describe, find_model
+from vidpipe.model.variant import variant
 from vidpipe.providers import Target, all_providers
 from vidpipe.providers.base import PREFERENCES, Found, Provider, all_devices, device_kind, find
 from vidpipe.providers.runtime import RUNTIMES, default_threads, import_onnxruntime, threads_for
@@ -70,6 +71,7 @@ def choose(
     size: tuple[int, int] | Callable[[], tuple[int, int] | None] | None = None,
     *,
     prefer: str = "speed",
+    precision: str = "auto",
     threads: int = 0,
     clock: Clock | None = None,
 ) -> Choice:
@@ -81,6 +83,7 @@ def choose(
         size: (width, height) of the source, or a function that finds it; it is called only
             if it matters.
         prefer: "speed", "latency" or "efficiency".
+        precision: what the models compute in, see `variant`; int8 is measured as such.
         threads: threads that the models may use; 0 for all.
         clock: for tests.
 
@@ -106,6 +109,8 @@ def choose(
             passed_over.append(f"{provider.name} not used: {error.message}")
     host = [p for p in possible if p.memory == "cpu"]
     descriptor = describe(find_model(model))
+    if precision == "int8":
+        descriptor = variant(descriptor, precision, on_cpu=True).model
     given = (size() if callable(size) else size) or TYPICAL_SIZE
     threads = threads or threads_for(prefer)
     facts = _facts(descriptor, given, prefer, threads, host)

@@ -20,6 +20,11 @@ from vidpipe.providers.base import Found, Request
 from vidpipe.providers.runtime import first_line, import_onnxruntime
 
 KIND = "context"
+"""Kind of the cache's entries with a compiled model."""
+
+RUNTIME_KIND = "runtime"
+"""Kind of the entries that a provider fills with what it compiles."""
+
 _FILE = "model.onnx"
 
 
@@ -86,6 +91,8 @@ def facts_for(found: Found, graph: bytes, request: Request, model: str = "") -> 
 
 def _hardware(device: Any) -> str:
     if device is None:
+        from vidpipe.model.choose import processor_name
+
         return processor_name()
     hardware = device.device
     return f"{hardware.vendor} {hardware.vendor_id:04x}:{hardware.device_id:04x}"

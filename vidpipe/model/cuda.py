@@ -9,7 +9,7 @@ frames flow; on the first real frame alone, the replay is compared with a run wi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from vidpipe.device import Device, Event, Stream, import_cupy
 from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError
 from vidpipe.frame import Array
+from vidpipe.model import context
+from vidpipe.model.cache import Cache
 from vidpipe.model.compile import Compiled
 from vidpipe.model.session import first_line, import_onnxruntime
 from vidpipe.providers import Target
@@ -93,8 +95,13 @@ class CudaSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        graph_bytes = compiled.proto.SerializeToString()
+        request = Request(index=device.index, kind="gpu")
+        if provider.cache_option:
+            facts = context.facts_for(found, graph_bytes, request)
+            request = replace(request, cache=Cache().folder_for(context.RUNTIME_KIND, facts))
         provider_options = {
-            **provider.options(Request(index=device.index, kind="gpu")),
+            **provider.options(request),
             "user_compute_stream": str(stream.ptr),
             provider.graph_option: str(int(graph)),
         }
@@ -102,7 +109,7 @@ class CudaSession:
             provider_options["gpu_mem_limit"] = str(memory_bytes)
         try:
             self._session = ort.InferenceSession(
-                compiled.proto.SerializeToString(),
+                graph_bytes,
                 options,
                 enable_fallback=0,
                 **found.attach(options, provider_options),

@@ -18,7 +18,7 @@ once; `run` replays the slot's graph. Nothing else about a stage differs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -26,6 +26,8 @@ import numpy as np
 from vidpipe.device import Event, Stream
 from vidpipe.errors import DeviceError, ModelError
 from vidpipe.frame import Array
+from vidpipe.model import context
+from vidpipe.model.cache import Cache
 from vidpipe.model.compile import Compiled, Tensor
 from vidpipe.model.descriptor import Descriptor
 from vidpipe.providers import CPU_TARGET, Target
@@ -50,6 +52,7 @@ __all__ = [
     "default_threads",
     "first_line",
     "import_onnxruntime",
+    "must_compile",
     "open_session",
     "threads_for",
 ]
@@ -126,9 +129,12 @@ class HostSession:
         strength: first value of the strength input, where the model has one.
         prefer: "speed", "latency" or "efficiency".
         allow_cpu_nodes: let the CPU provider run nodes that the provider does not take.
+        cache: where what the provider compiles is kept; None to keep nothing.
+        name: of the model, for who looks into the cache.
 
     Attributes:
-        cpu_nodes: the nodes that it runs.
+        cpu_nodes: the nodes that the CPU runs for another provider.
+        note: one line about the cache, or "".
 
     Raises:
         MissingExtraError: ONNX Runtime is not installed.
@@ -145,13 +151,22 @@ class HostSession:
         strength: float | None = None,
         prefer: str = "speed",
         allow_cpu_nodes: bool = False,
+        cache: Cache | None = None,
+        name: str = "",
     ) -> None:
         self._ort = import_onnxruntime()
         self.compiled = compiled
         self.found = found or CPU_TARGET.find()
         self.threads = threads or threads_for(prefer)
-        self._request = Request(prefer=prefer, threads=self.threads, kind=self.found.kind)
+        self.note = ""
+        self._request = _request(self.found, prefer, self.threads)
+        self._graph = compiled.proto.SerializeToString()
+        self._cache, self._name = cache, name
+        if cache is not None and self.found.provider.cache_option:
+            folder = cache.folder_for(context.RUNTIME_KIND, self._facts(allow_cpu_nodes))
+            self._request = replace(self._request, cache=folder)
         self._session = self._open(allow_cpu_nodes)
+        self._graph = b""
         self.cpu_nodes = self._check_nodes(allow_cpu_nodes)
         # Where the provider has memory of its own, an input is copied there when it is bound,
         # not when the session runs.
@@ -165,15 +180,37 @@ class HostSession:
 
     def _open(self, allow_cpu_nodes: bool) -> Any:
         try:
-            return self._load(allow_cpu_nodes)
+            if self._cache is not None and self.found.provider.context:
+                return self._load_kept(self._cache, allow_cpu_nodes)
+            return self._load(self._graph, allow_cpu_nodes)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             if not _is_fallback(error):
                 raise ModelError(
                     f"ONNX Runtime cannot load the model on {self.found.label}: {first_line(error)}"
                 ) from None
-        return self._load(True)  # only to name the nodes in the message
+        return self._load(self._graph, True)  # only to name the nodes in the message
 
-    def _load(self, allow_cpu_nodes: bool) -> Any:
+    def _facts(self, allow_cpu_nodes: bool) -> dict[str, Any]:
+        return _facts(self.found, self._graph, self._request, allow_cpu_nodes, self._name)
+
+    def _load_kept(self, cache: Cache, allow_cpu_nodes: bool) -> Any:
+        """Return a session of what the provider compiled, now or in an earlier run."""
+        loaded = context.load(
+            cache,
+            self._graph,
+            self._facts(allow_cpu_nodes),
+            lambda source: self._load(source, allow_cpu_nodes),
+            lambda: self._options(allow_cpu_nodes)[0],
+        )
+        self.note = loaded.note
+        return loaded.session
+
+    def _load(self, source: bytes | str, allow_cpu_nodes: bool) -> Any:
+        options, asked = self._options(allow_cpu_nodes)
+        return self._ort.InferenceSession(source, options, enable_fallback=0, **asked)
+
+    def _options(self, allow_cpu_nodes: bool) -> tuple[Any, dict[str, Any]]:
+        """Return the session's options, and what `InferenceSession` is given besides."""
         found = self.found
         options = self._ort.SessionOptions()
         options.log_severity_level = 3
@@ -182,10 +219,7 @@ class HostSession:
         if found.ep != CPU_PROVIDER and not allow_cpu_nodes:
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         found.provider.configure(options, self._request)
-        asked = found.attach(options, found.provider.options(self._request))
-        return self._ort.InferenceSession(
-            self.compiled.proto.SerializeToString(), options, enable_fallback=0, **asked
-        )
+        return options, found.attach(options, found.provider.options(self._request))
 
     def _check_nodes(self, allow_cpu_nodes: bool) -> tuple[CpuNode, ...]:
         """Compare who runs the nodes with who was asked to."""
@@ -296,6 +330,7 @@ def open_session(
     prefer: str = "speed",
     allow_cpu_nodes: bool = False,
     memory_bytes: int | None = None,
+    half: bool = True,
 ) -> Session:
     """Return a session of a compiled graph on what was asked for, and on nothing else.
 
@@ -306,6 +341,7 @@ def open_session(
         stream: the CUDA stream to queue work on, where the target's memory is a GPU's.
         threads, strength, prefer, allow_cpu_nodes: see `HostSession`.
         memory_bytes: the most GPU memory that the provider may allocate, or None.
+        half: let kernels around the model run it in float16, as `compiled` was.
 
     Raises:
         DeviceMemoryError: the GPU's memory, or the limit, does not suffice.
@@ -321,6 +357,7 @@ def open_session(
             stream=stream,
             found=target.find(prefer),
             strength=strength,
+            half=half,
             memory_bytes=memory_bytes,
         )
     return HostSession(
@@ -330,7 +367,45 @@ def open_session(
         strength=strength,
         prefer=prefer,
         allow_cpu_nodes=allow_cpu_nodes,
+        cache=Cache(),
+        name=model.name,
     )
+
+
+def must_compile(
+    model: Descriptor,
+    compiled: Compiled,
+    found: Found,
+    *,
+    threads: int = 0,
+    prefer: str = "speed",
+    allow_cpu_nodes: bool = False,
+) -> bool:
+    """Return whether `open_session` would keep its caller waiting for a provider's compiler.
+
+    Args:
+        model, compiled, threads, prefer, allow_cpu_nodes: as for `open_session`.
+        found: the provider.
+    """
+    provider = found.provider
+    if not (provider.context or provider.cache_option):
+        return False
+    graph = compiled.proto.SerializeToString()
+    request = _request(found, prefer, threads or threads_for(prefer))
+    facts = _facts(found, graph, request, allow_cpu_nodes, model.name)
+    kind = context.KIND if provider.context else context.RUNTIME_KIND
+    return Cache().find(kind, facts) is None
+
+
+def _request(found: Found, prefer: str, threads: int) -> Request:
+    return Request(prefer=prefer, threads=threads, kind=found.kind)
+
+
+def _facts(
+    found: Found, graph: bytes, request: Request, allow_cpu_nodes: bool, name: str
+) -> dict[str, Any]:
+    facts = context.facts_for(found, graph, request, name)
+    return {**facts, "cpu_nodes": allow_cpu_nodes}
 
 
 def _is_fallback(error: Exception) -> bool:

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 
 from vidpipe.device import CPU, Device, Ring, import_cupy, new_stream
-from vidpipe.errors import DeviceMemoryError, ModelError, SpecError
+from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError, SpecError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.model import tiling
 from vidpipe.model.compile import Compiled, alignment, compile_model, output_spec
 from vidpipe.model.cuda import GraphUse
 from vidpipe.model.descriptor import Descriptor, describe, find_model
-from vidpipe.model.session import CpuNode, Session, open_session, threads_for
-from vidpipe.providers import Target
-from vidpipe.providers.base import PREFERENCES
+from vidpipe.model.session import CpuNode, Session, must_compile, open_session, threads_for
+from vidpipe.model.swap import SwapSession, SwapState
+from vidpipe.model.variant import Variant, check_precision, variant
+from vidpipe.providers import CPU_TARGET, Target
+from vidpipe.providers.base import PREFERENCES, Found
 from vidpipe.stage import Stage, register
 
 DEFAULT_STRENGTH = 1.0
@@ -42,6 +44,10 @@ class Model(Stage):
         prefer: "speed", "latency" or "efficiency": what the provider is configured for.
         allow_cpu_nodes: let the CPU run what the provider does not take of the model;
             otherwise that is an error.
+        precision: "auto" (float16 where a GPU gains by it, else float32), "fp32", "fp16" or
+            "int8", or "fp8" and "fp4" on "rtx"; see docs/precision.md.
+        wait_compile: wait until a provider has compiled the model. Otherwise the CPU runs the
+            first frames, where the frames are in host memory.
         chosen: why this device was chosen, for the report.
         threads: threads of one operator on the CPU; 0 for as many as there are processors.
         tile: "auto" (only when memory is short), "off", or the size of the tiles in input
@@ -60,6 +66,8 @@ class Model(Stage):
         device: str = "auto",
         prefer: str = "speed",
         allow_cpu_nodes: bool = False,
+        precision: str = "auto",
+        wait_compile: bool = False,
         chosen: str = "",
         threads: int = 0,
         tile: str = "auto",
@@ -71,11 +79,14 @@ class Model(Stage):
             raise SpecError(f"threads is {threads}, expected 0 or more")
         if prefer not in PREFERENCES:
             raise SpecError(f"prefer is '{prefer}', expected {', '.join(PREFERENCES)}")
+        check_precision(precision)
         self.model = model
         self.strength = strength
         self.device = device
         self.prefer = prefer
         self.allow_cpu_nodes = allow_cpu_nodes
+        self.precision = precision
+        self.wait_compile = wait_compile
         self.chosen = chosen
         self._asked = None if device == "auto" else Target.parse(device)
         self.threads = threads
@@ -91,8 +102,10 @@ class Model(Stage):
         self._stream: Any = None
         self._bound: set[int] = set()
         self._layout: tiling.Layout | None = None
+        self._variant: Variant | None = None
+        self._swap: SwapSession | None = None
+        self._opened: dict[str, tuple[Sequence[CpuNode], str]] = {}
         self._nodes: dict[str, int] = {}
-        self._cpu_nodes: Sequence[CpuNode] = ()
         self._threads = threads
         self._frames = 0
         self._grown = 0
@@ -139,7 +152,9 @@ class Model(Stage):
                 f"the model runs on {self.device_for(spec)}, the frames are on {spec.device}",
                 hint="Run it in a graph, which moves them",
             )
-        out = output_spec(self.descriptor, spec)
+        target = self._target(spec)
+        chosen = self._choose_variant(target.provider.half, target.kind, target.provider.name)
+        out = output_spec(chosen.model, spec)
         self._plan_tiles(spec)
         self._spec, self._out = spec, out
         return out
@@ -157,8 +172,11 @@ class Model(Stage):
         """
         assert self._spec is not None
         assert self._out is not None
-        spec, out, model = self._spec, self._out, self.descriptor
+        spec, out = self._spec, self._out
         target = self._target(spec)
+        found = target.find(self.prefer)
+        self._variant = self._choose_variant(found.provider.half, found.kind, found.provider.name)
+        model = self._variant.model
         layout = self._plan_tiles(spec)
         compiled = self._compile(tiling.tile_spec(spec, layout) if layout else spec, target)
         limit = self._limit or self.memory_bytes or tiling.available_bytes(spec.device)
@@ -176,7 +194,7 @@ class Model(Stage):
         self._threads = self.threads or threads_for(self.prefer)
         while True:
             try:
-                self._start(compiled, layout, target)
+                self._start(compiled, layout, target, found)
                 return
             except DeviceMemoryError:
                 # The estimate knows no scratch memory of the provider's own.
@@ -188,44 +206,99 @@ class Model(Stage):
                 if layout is not None:
                     compiled = self._compile(tiling.tile_spec(spec, layout), target)
 
-    def _start(self, compiled: Compiled, layout: tiling.Layout | None, target: Target) -> None:
+    def _choose_variant(self, gains: bool, kind: str, provider: str) -> Variant:
+        """Return what runs: where float16 gains nothing, "auto" treats a GPU as a CPU."""
+        on_cpu = kind == "cpu" or (self.precision == "auto" and not gains)
+        return variant(self.descriptor, self.precision, on_cpu=on_cpu, provider=provider)
+
+    def _start(
+        self, compiled: Compiled, layout: tiling.Layout | None, target: Target, found: Found
+    ) -> None:
         """Load the graph, bind the ring's slots, and run each once where that prepares them."""
-        assert self._spec is not None
         assert self._out is not None
         assert self._ring is not None
-        session = open_session(
-            self.descriptor,
-            compiled,
-            target,
-            stream=self._stream,
-            threads=self._threads,
-            strength=DEFAULT_STRENGTH if self.strength is None else self.strength,
-            prefer=self.prefer,
-            allow_cpu_nodes=self.allow_cpu_nodes,
-            memory_bytes=self.memory_bytes,
-        )
-        self._cpu_nodes = getattr(session, "cpu_nodes", ())
-        if layout is not None:
-            session = tiling.TiledSession(
-                session, compiled, layout, self._spec, self._out, stream=self._stream
+        self._opened.clear()
+        self._swap = None
+        session: Session
+        if self._begins_on_cpu(compiled, found):
+            first = self._open(self._compile(compiled.spec, CPU_TARGET), layout, CPU_TARGET)
+            strength = None if self.descriptor.strength is None else self._strength
+            self._swap = session = SwapSession(
+                first,
+                lambda: self._open(compiled, layout, target),
+                label=str(target),
+                format=self._out.format,
+                strength=strength,
             )
+        else:
+            session = self._open(compiled, layout, target)
         self._session, self._layout = session, layout
         self._nodes = session.nodes_by_provider()
         for slot in self._ring.slots:
             self._bind(slot.index, slot.buffers)
         self._graph_use = session.prepare()
 
+    def _begins_on_cpu(self, compiled: Compiled, found: Found) -> bool:
+        """Return whether the CPU is to run frames while the provider compiles."""
+        assert self._variant is not None
+        if self.wait_compile or found.provider.memory != "cpu":
+            return False
+        # Two providers round a chain of int8 layers too differently to be swapped unseen.
+        return self._variant.precision != "int8" and must_compile(
+            self._variant.model,
+            compiled,
+            found,
+            threads=self._threads,
+            prefer=self.prefer,
+            allow_cpu_nodes=self.allow_cpu_nodes,
+        )
+
+    def _open(self, compiled: Compiled, layout: tiling.Layout | None, target: Target) -> Session:
+        """Return a session for whole frames; called by another thread while frames flow."""
+        assert self._spec is not None
+        assert self._out is not None
+        assert self._variant is not None
+        session = open_session(
+            self._variant.model,
+            compiled,
+            target,
+            stream=self._stream,
+            threads=self._threads,
+            strength=self._strength,
+            prefer=self.prefer,
+            allow_cpu_nodes=self.allow_cpu_nodes,
+            memory_bytes=self.memory_bytes,
+            half=self._variant.half,
+        )
+        note = getattr(session, "note", "")
+        self._opened[str(target)] = (getattr(session, "cpu_nodes", ()), note)
+        if layout is not None:
+            session = tiling.TiledSession(
+                session, compiled, layout, self._spec, self._out, stream=self._stream
+            )
+        return session
+
     def _stop(self) -> None:
         session, self._session = self._session, None
         if session is not None:
+            self._nodes = session.nodes_by_provider()
             session.close()
         self._bound.clear()
 
     def _compile(self, spec: FrameSpec, target: Target) -> Compiled:
+        assert self._variant is not None
         wanted = target.provider
         return compile_model(
-            self.descriptor, spec, portable=wanted.portable, half=wanted.half, widen=wanted.widen
+            self._variant.model,
+            spec,
+            portable=wanted.portable,
+            half=self._variant.half,
+            widen=wanted.widen,
         )
+
+    @property
+    def _strength(self) -> float:
+        return DEFAULT_STRENGTH if self.strength is None else self.strength
 
     def process(self, frame: Frame) -> Iterable[Frame]:
         """Give the model's picture of one frame, in a slot of the ring."""
@@ -239,6 +312,8 @@ class Model(Stage):
             frame.wait(self._stream)
             slot.write_by(self._stream)
         event = self._session.run(slot.index, frame.planes, self._stream)
+        if self._swap is not None:
+            self._check_swap(self._swap)
         if self._stream is not None:
             frame.read_by(self._stream)
         result = frame.replace(planes, self._out, slot=slot, ready=event)
@@ -246,6 +321,15 @@ class Model(Stage):
             self._sample(frame.planes[0], planes[0])
         self._frames += 1
         return (result,)
+
+    def _check_swap(self, swap: SwapSession) -> None:
+        """Refuse to go on without a device that the user named."""
+        state = swap.state
+        if state.state == "failed" and state.difference is None and not self.chosen:
+            raise swap.error or DeviceError(
+                f"{state.label} cannot run the model: {state.note}",
+                hint="Use --device cpu, or another provider; see vidpipe devices",
+            )
 
     def _sample(self, before: Array, after: Array) -> None:
         assert self._out is not None
@@ -278,7 +362,8 @@ class Model(Stage):
         """Return what ran where.
 
         Keys: "summary", "model", "scale", "frames", "device" (where the frames were),
-        "provider" (what `--device` calls it), "chosen" (why, where it was not asked for),
+        "provider" (what `--device` calls the one that ran last), "precision", "chosen" (why,
+        where it was not asked for), "swap" (None, or a `SwapState` as a dict),
         "threads", "nodes" (how many nodes each execution provider ran), "cpu_nodes" (name and
         operator of those that the CPU ran for another provider), "tiles" (None, or their
         layout), "ring_grown", "strength" where the model has one, and "mean_change": the mean
@@ -286,16 +371,22 @@ class Model(Stage):
         to the input's size, in 8-bit code values; over every 25th frame and every 8th row.
         """
         model = self._descriptor
+        asked = str(self._target(self._spec) if self._spec else self.device)
+        swap = self._swap.state if self._swap is not None else None
+        provider = asked if swap is None or swap.state == "swapped" else str(CPU_TARGET)
+        cpu_nodes, note = self._opened.get(provider, ((), ""))
         facts: dict[str, Any] = {
             "model": model.name if model else self.model,
             "scale": model.scale if model else None,
             "frames": self._frames,
             "device": str(self._spec.device if self._spec else CPU),
-            "provider": str(self._target(self._spec) if self._spec else self.device),
+            "provider": provider,
+            "precision": self._variant.precision if self._variant else self.precision,
+            "swap": swap.to_dict() if swap else None,
             "chosen": self.chosen or None,
             "threads": self._threads,
             "nodes": dict(self._nodes),
-            "cpu_nodes": [asdict(node) for node in self._cpu_nodes],
+            "cpu_nodes": [asdict(node) for node in cpu_nodes],
             "tiles": str(self._layout) if self._layout else None,
             "ring_grown": self._grown,
             "mean_change": float(self._change_sum[0]) / self._samples if self._samples else None,
@@ -303,11 +394,21 @@ class Model(Stage):
         if self._graph_use is not None:
             facts["cuda_graph"] = asdict(self._graph_use)
         if model is not None and model.strength is not None:
-            facts["strength"] = DEFAULT_STRENGTH if self.strength is None else self.strength
-        if self._cpu_nodes:
-            names = ", ".join(map(str, self._cpu_nodes))
-            facts["notes"] = [f"the CPU ran nodes of the model: {names}"]
-        return {"summary": _summary(facts), **facts}
+            facts["strength"] = self._strength
+        notes = [note] if note else []
+        if cpu_nodes:
+            notes.append(f"the CPU ran nodes of the model: {', '.join(map(str, cpu_nodes))}")
+        if swap is not None and swap.state == "failed":
+            notes.append(f"the CPU ran the model: {swap}")
+        if notes:
+            facts["notes"] = notes
+        return {"summary": _summary(facts, swap), **facts}
+
+    @property
+    def status(self) -> str:
+        """What is still being made ready while frames flow, or "". For the progress line."""
+        swap = self._swap
+        return str(swap.state) if swap is not None and swap.state.state == "compiling" else ""
 
     def _bind(self, slot: int, buffers: tuple[Array, ...]) -> None:
         assert self._session is not None
@@ -326,9 +427,15 @@ class Model(Stage):
         return None
 
 
-def _summary(facts: dict[str, Any]) -> str:
+def _summary(facts: dict[str, Any], swap: SwapState | None) -> str:
     nodes = ", ".join(f"{count} nodes on {name}" for name, count in facts["nodes"].items())
     text = f"{facts['model']}: {nodes or 'not run'}"
+    if nodes:
+        text += f" in {facts['precision']}"
+    if swap is not None and swap.state == "swapped":
+        text += f"; compiled beside the run; swapped at frame {swap.frames}"
+    elif swap is not None and swap.state != "failed":
+        text += f"; {swap.label} did not take over before the end"
     if facts["chosen"]:
         text += f"; {facts['chosen']}"
     if facts["tiles"]:

@@ -71,6 +71,9 @@ class SwapSession:
         label: what the better session runs on, for people.
         format: of the output's planes.
         strength: the strength that `first` was made with, if the model has one.
+
+    Attributes:
+        error: why the better session cannot be built or run, where that is an error of vidpipe.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class SwapSession:
         self._better: Session | None = None
         self._closed = False
         self._state = SwapState("compiling", label)
+        self.error: VidpipeError | None = None
         self._thread = threading.Thread(target=self._build, args=(build,), name=f"compile {label}")
         self._thread.start()
 
@@ -109,6 +113,7 @@ class SwapSession:
         except Exception as error:  # whatever a provider raises must not end the run
             message = error.message if isinstance(error, VidpipeError) else str(error)
             with self._lock:
+                self.error = error if isinstance(error, VidpipeError) else None
                 self._fail(message.strip().partition("\n")[0] or type(error).__name__)
             return
         with self._lock:
@@ -178,6 +183,7 @@ class SwapSession:
             )
         except VidpipeError as error:
             problem, after = error.message, None
+            self.error = error
         if problem:
             with queue:
                 for plane, copy in zip(planes, before, strict=True):

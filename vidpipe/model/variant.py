@@ -5,8 +5,8 @@ model's own file, where `vidpipe models quantize` puts it. It counts only if it 
 very file that it stands for. It has to be asked for: it loses next to nothing on pictures like
 those it was calibrated on, but more than can be overlooked on others, such as small text.
 
-FP8 and FP4 are for TensorRT for RTX alone. A copy in one of them is looked for and checked in the same
-way; nothing here makes one, and none has been run.
+FP8 and FP4 are for TensorRT for RTX alone. A copy in one of them is looked for in the same places
+and has to hold such values; nothing here makes one, and none has been run.
 """
 
 from __future__ import annotations

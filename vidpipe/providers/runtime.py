@@ -11,6 +11,9 @@ from vidpipe.errors import MissingExtraError
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-windowsml")
 """Packages that install the module `onnxruntime`; only one can be there at a time."""
 
+OFFLINE = "VIDPIPE_OFFLINE"
+"""Environment variable that forbids downloads, as `--offline` does."""
+
 
 def import_onnxruntime() -> Any:
     """Return the onnxruntime module, with its telemetry off.
@@ -26,6 +29,11 @@ def import_onnxruntime() -> Any:
         raise MissingExtraError("onnxruntime", "cpu") from None
     onnxruntime.disable_telemetry_events()
     return onnxruntime
+
+
+def forbid_downloads() -> None:
+    """Let nothing be fetched from a network, in this process and those that it starts."""
+    os.environ[OFFLINE] = "1"
 
 
 def default_threads() -> int:

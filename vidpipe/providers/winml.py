@@ -15,9 +15,7 @@ from typing import Any
 
 from vidpipe.errors import DeviceError
 from vidpipe.providers.base import Provider
-
-OFFLINE = "VIDPIPE_OFFLINE"
-"""Environment variable that forbids downloads, as `--offline` does."""
+from vidpipe.providers.runtime import OFFLINE
 
 _READY = 0
 

@@ -19,10 +19,10 @@ MODELS = {
     "fast-2x": (2, "fast", "upscale", 1_000_000, 1.8),
     "quality-2x": (2, "quality", "upscale", 5_000_000, 2.05),
     "clean-2x-nano": (2, "nano", "clean", 160_000, 0.7),
-    "clean-2x-fast": (2, "fast", "clean", 1_000_000, 1.45),
+    "clean-2x-fast": (2, "fast", "clean", 1_000_000, 1.4),
     "clean-2x-quality": (2, "quality", "clean", 5_000_000, 1.7),
     "clean-1x-nano": (1, "nano", "clean", 160_000, 5.5),
-    "clean-1x-fast": (1, "fast", "clean", 1_000_000, 6.5),
+    "clean-1x-fast": (1, "fast", "clean", 1_000_000, 6.4),
 }
 OPERATORS = {"Pad", "SpaceToDepth", "Conv", "LeakyRelu", "Add", "Mul", "DepthToSpace"}
 

@@ -1,6 +1,11 @@
 """Write a checkpoint as an ONNX file that any runtime loads, and check it.
 
     python -m training.export CHECKPOINT... --out vidpipe/models
+    python -m training.export OLD NEW... --shares 0.5 0.5... --out vidpipe/models
+
+With `--shares` the checkpoints, all of one network and each but the first trained on from the one
+before, become one file whose weights are their weighted mean. `--correction` multiplies what the
+network adds to its fixed enlargement.
 
 The graph is built node by node: Pad, SpaceToDepth, Conv, LeakyRelu, Add, Mul, DepthToSpace and
 nothing else.
@@ -9,7 +14,9 @@ nothing else.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,10 +24,11 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
 
 from training.networks import SLOPE, SPECS, NetSpec, PlaneNet, cubic_phases
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 OPSET = 18
 IR_VERSION = 10
 DESCRIPTIONS = {
@@ -45,20 +53,18 @@ class _Graph:
         self.weights.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
-    def convolution(
-        self, x: str, name: str, weight: torch.Tensor, bias: torch.Tensor | None, pad: int
-    ) -> str:
+    def convolution(self, x: str, name: str, weight: Tensor, bias: Tensor | None, pad: int) -> str:
         inputs = [x, self.weight(f"{name}.weight", weight.numpy().astype(np.float32))]
         if bias is not None:
             inputs.append(self.weight(f"{name}.bias", bias.numpy().astype(np.float32)))
         return self.node("Conv", inputs, name, kernel_shape=[3, 3], pads=[pad] * 4)
 
 
-def build(spec: NetSpec, weights: dict[str, torch.Tensor]) -> onnx.ModelProto:
+def build(spec: NetSpec, weights: dict[str, Tensor]) -> onnx.ModelProto:
     """The network of `spec` with these weights as an ONNX model, dynamic in height and width."""
     graph = _Graph()
     pads = graph.weight("pads", np.array([0, 0, 2, 2, 0, 0, 2, 2], np.int64))
@@ -121,12 +127,12 @@ def build(spec: NetSpec, weights: dict[str, torch.Tensor]) -> onnx.ModelProto:
     return model
 
 
-def _half_precision_error(net: PlaneNet, x: torch.Tensor, strength: torch.Tensor | None) -> float:
+def _half_precision_error(net: PlaneNet, x: Tensor, strength: Tensor | None) -> float:
     """Largest error, in 8-bit codes, with weights and every layer's output in float16."""
     half = PlaneNet(net.spec)
     half.load_state_dict({k: v.half().float() for k, v in net.state_dict().items()})
 
-    def shorten(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+    def shorten(_module: object, _inputs: object, output: Tensor) -> Tensor:
         return output.half().float()
 
     for module in half.modules():
@@ -137,13 +143,29 @@ def _half_precision_error(net: PlaneNet, x: torch.Tensor, strength: torch.Tensor
         return float((short - net(x, strength)).abs().max() * 219)
 
 
-def export(checkpoint: Path, folder: Path) -> Path:
-    """Export the averaged weights of one checkpoint and compare the file with the network."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    spec = SPECS[state["model"]]
+def mixed(states: Sequence[dict[str, Any]], shares: Sequence[float]) -> dict[str, Tensor]:
+    """The mean of the checkpoints' averaged weights, weighted by `shares`, which add up to 1."""
+    models = {state["model"] for state in states}
+    if len(models) != 1:
+        raise ValueError(f"got checkpoints of {', '.join(sorted(models))}, expected one network")
+    if len(shares) != len(states) or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"got shares {list(shares)} for {len(states)} checkpoints, expected sum 1")
+    pairs = list(zip(shares, (state["average"] for state in states), strict=True))
+    return {name: sum(share * average[name] for share, average in pairs) for name in pairs[0][1]}
+
+
+def export(
+    checkpoints: Sequence[Path], shares: Sequence[float], correction: float, folder: Path
+) -> Path:
+    """Export a mean of checkpoints of one network and compare the file with the network."""
+    states = [torch.load(path, map_location="cpu", weights_only=True) for path in checkpoints]
+    weights = mixed(states, shares)
+    for name in ("tail.weight", "tail.bias"):
+        weights[name] = weights[name] * correction
+    spec = SPECS[states[0]["model"]]
     net = PlaneNet(spec)
-    net.load_state_dict(state["average"])
-    model = build(spec, state["average"])
+    net.load_state_dict(weights)
+    model = build(spec, weights)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{spec.name}.onnx"
     onnx.save(model, path)
@@ -164,7 +186,7 @@ def export(checkpoint: Path, folder: Path) -> Path:
         raise RuntimeError(f"{path}: got {got.shape}, off by {error}, expected {expected.shape}")
     half = _half_precision_error(net, torch.from_numpy(x), strength)
     print(
-        f"{path}: {path.stat().st_size / 1e3:.0f} kB, {state['steps']} steps, "
+        f"{path}: {path.stat().st_size / 1e3:.0f} kB, {states[-1]['steps']} steps, "
         f"float16 off by at most {half:.2f} codes on noise"
     )
     return path
@@ -175,9 +197,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--shares", type=float, nargs="+", help="mix the checkpoints into one file; sum 1"
+    )
+    parser.add_argument("--correction", type=float, default=1.0, help="factor on the last layer")
     options = parser.parse_args()
+    if options.shares:
+        export(options.checkpoints, options.shares, options.correction, options.out)
+        return
     for checkpoint in options.checkpoints:
-        export(checkpoint, options.out)
+        export([checkpoint], [1.0], options.correction, options.out)
 
 
 if __name__ == "__main__":

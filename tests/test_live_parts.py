@@ -431,3 +431,11 @@ def test_messages_hold_no_passwords_and_no_stream_keys() -> None:
     assert without_secrets("rtsp://me:secret@h:554/cam") == "rtsp://h:554/cam"
     assert without_secrets("rtmp://h/live/secret") == "rtmp://h/live/..."
     assert without_secrets("/dev/video0") == "/dev/video0"
+
+
+def test_a_gap_of_less_than_a_sample_is_no_part() -> None:
+    track = Track(1.0)
+    sound = np.ones((2, 480), np.float32)
+    parts = track.add(Chunk(1.0 + 0.3 / RATE, sound))
+    assert [p.shape[1] for p in parts] == [480]
+    assert track.add(Chunk(0.5, sound)) == []

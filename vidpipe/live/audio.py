@@ -126,8 +126,9 @@ class Track:
             parts.append(silence(gap_s))
         elif gap_s < -tolerance_s:
             samples = samples[:, round(-gap_s * RATE) :]
-        if samples.shape[1]:
-            parts.append(samples)
+        parts.append(samples)
+        # An encoder cannot take a part of no samples.
+        parts = [part for part in parts if part.shape[1]]
         self.samples += sum(p.shape[1] for p in parts)
         return parts
 

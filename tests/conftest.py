@@ -34,6 +34,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def doubler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model that repeats every pixel, so that its pictures are known."""
+    import modelgen
+
+    from vidpipe.model.stage import Model
+    from vidpipe.testing import spec
+
+    path = str(modelgen.nearest(tmp_path_factory.mktemp("models") / "doubler.onnx", 2))
+    model = Model(model=path)  # ONNX Runtime opens files of its own at its first session
+    model.plan(spec())
+    model.open()
+    model.close()
+    return path
+
+
 @pytest.fixture
 def no_leaks() -> Iterator[None]:
     """Fail if a vidpipe thread or a file handle is left behind."""

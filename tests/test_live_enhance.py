@@ -22,17 +22,6 @@ pytestmark = pytest.mark.usefixtures("no_leaks")
 
 
 @pytest.fixture(scope="module")
-def doubler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that repeats every pixel, so that its pictures are known."""
-    path = str(modelgen.nearest(tmp_path_factory.mktemp("models") / "doubler.onnx", 2))
-    model = Model(model=path)  # ONNX Runtime opens files of its own at its first session
-    model.plan(spec())
-    model.open()
-    model.close()
-    return path
-
-
-@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(modelgen.random_net(tmp_path_factory.mktemp("models") / "other.onnx", 2))
 

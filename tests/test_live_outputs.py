@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
-import modelgen
 import pytest
 from livekit import (
     Feed,
@@ -33,21 +32,9 @@ from vidpipe.live.capture import Frames
 from vidpipe.live.outputs import Callback, Record, StreamOut
 from vidpipe.live.session import Live
 from vidpipe.live.virtualcam import VirtualCamera, packed
-from vidpipe.model.stage import Model
 from vidpipe.testing import pattern, spec
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture(scope="module")
-def doubler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that repeats every pixel, so that its pictures are known."""
-    path = str(modelgen.nearest(tmp_path_factory.mktemp("models") / "doubler.onnx", 2))
-    model = Model(model=path)  # ONNX Runtime opens files of its own at its first session
-    model.plan(spec())
-    model.open()
-    model.close()
-    return path
 
 
 @pytest.mark.parametrize("name", ["out.mkv", "out.mp4"])

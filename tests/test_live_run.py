@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
-import modelgen
 import numpy as np
 import pytest
 from livekit import (
@@ -24,21 +23,9 @@ from vidpipe.graph import Graph
 from vidpipe.live.capture import Frames
 from vidpipe.live.outputs import Callback, Record
 from vidpipe.live.session import Live
-from vidpipe.model.stage import Model
-from vidpipe.testing import ManualClock, pattern, spec
+from vidpipe.testing import ManualClock, pattern
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
-
-
-@pytest.fixture(scope="module")
-def doubler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that repeats every pixel, so that its pictures are known."""
-    path = str(modelgen.nearest(tmp_path_factory.mktemp("models") / "doubler.onnx", 2))
-    model = Model(model=path)  # ONNX Runtime opens files of its own at its first session
-    model.plan(spec())
-    model.open()
-    model.close()
-    return path
 
 
 def test_the_latest_frame_wins_and_every_drop_is_counted(doubler: str) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vidpipe import trace
 from vidpipe.clock import Clock, MonotonicClock
@@ -330,6 +330,31 @@ def _link(writer: Actor, reader: Actor, capacity: int, clock: Clock) -> Link:
     return Link(capacity, policy, clock)
 
 
+class _Run(Protocol):
+    def start(self) -> None: ...
+    def wait(self, timeout_s: float | None = None) -> bool: ...
+    def abort(self) -> None: ...
+    def report(self) -> Report: ...
+
+
+_R = TypeVar("_R", bound=_Run)
+
+
+def drive(run: _R, progress: Callable[[_R], None] | None) -> Report:
+    """Start a run, wait for its end, and report; an exception meanwhile aborts it."""
+    run.start()
+    try:
+        # A join without a timeout cannot be interrupted on Windows.
+        while not run.wait(0.2):
+            if progress is not None:
+                progress(run)
+    except BaseException:
+        run.abort()
+        run.wait()
+        raise
+    return run.report()
+
+
 class Pipeline:
     """A graph that can be run once.
 
@@ -579,17 +604,7 @@ class Pipeline:
         Raises:
             VidpipeError: the first error of any stage; everything has been closed.
         """
-        self.start()
-        try:
-            # A join without a timeout cannot be interrupted on Windows.
-            while not self.wait(0.2):
-                if progress is not None:
-                    progress(self)
-        except BaseException:
-            self.abort()
-            self.wait()
-            raise
-        return self.report()
+        return drive(self, progress)
 
     def report(self) -> Report:
         """Return what the ended run did.

@@ -20,7 +20,7 @@ from vidpipe.device import Device, import_cupy
 from vidpipe.errors import Cancelled, DeviceError, GraphError, InputError, VidpipeError
 from vidpipe.graph import Graph, Node
 from vidpipe.link import LinkClosed
-from vidpipe.pipeline import Pipeline, Report, StageReport, StartGate
+from vidpipe.pipeline import Pipeline, Report, StageReport, StartGate, drive
 from vidpipe.stage import Source, options_of
 
 SPLITTABLE = frozenset({"decode", "encode", "function", "model", "resize"})
@@ -259,16 +259,7 @@ class SplitRun:
         Raises:
             VidpipeError: the first error of any worker; everything has been closed.
         """
-        self.start()
-        try:
-            while not self.wait(0.2):
-                if progress is not None:
-                    progress(self)
-        except BaseException:
-            self.abort()
-            self.wait()
-            raise
-        return self.report()
+        return drive(self, progress)
 
     def elapsed_s(self) -> float:
         """Return seconds since the start."""

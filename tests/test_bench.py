@@ -21,7 +21,7 @@ import pytest
 
 import vidpipe
 from vidpipe import bench as benchmark
-from vidpipe.bench import Options, chart, clip, rig
+from vidpipe.bench import Options, chart, clip, rig, split
 from vidpipe.bench.network import Network
 from vidpipe.device import CPU, Device, Ring
 from vidpipe.errors import InputError, SpecError, VerificationError
@@ -263,7 +263,7 @@ def test_no_speed_is_given_of_a_wrong_output(
     change: Callable[[Frame], Frame],
     message: str,
 ) -> None:
-    reference = benchmark._Chain._reference
+    reference = benchmark.Chain._reference
 
     def changed(self: Any, count: int) -> Iterator[Frame]:
         return map(change, reference(self, count))
@@ -271,8 +271,8 @@ def test_no_speed_is_given_of_a_wrong_output(
     def timed(*_: object) -> None:
         raise AssertionError("something was timed")
 
-    monkeypatch.setattr(benchmark._Chain, "_reference", changed)
-    monkeypatch.setattr(benchmark._Chain, "_turns", timed)
+    monkeypatch.setattr(benchmark.Chain, "_reference", changed)
+    monkeypatch.setattr(benchmark.Chain, "_turns", timed)
     with pytest.raises(VerificationError, match=message) as caught:
         benchmark.bench(Options(chains=(("nano-2x",),), source=small, frames=3))
     assert caught.value.exit_code == 4
@@ -280,7 +280,7 @@ def test_no_speed_is_given_of_a_wrong_output(
 
 def test_missing_frames_are_no_equal_output() -> None:
     with pytest.raises(VerificationError, match="1 frames came, expected 2"):
-        benchmark._same_times([Fraction(0)], [Fraction(0), Fraction(1)], "it")
+        benchmark.same_times([Fraction(0)], [Fraction(0), Fraction(1)], "it")
 
 
 # -- the whole ---------------------------------------------------------------------------------
@@ -409,6 +409,151 @@ def _vidpipe(*arguments: object, cwd: Path | None = None) -> subprocess.Complete
     )
 
 
+# -- split over several workers ----------------------------------------------------------------
+
+
+@pytest.fixture
+def cuttable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clip of 160 frames with a key frame every 16, where parts may be that short."""
+    monkeypatch.setattr("vidpipe.media.ranges.SHORTEST_S", 0.5)
+    monkeypatch.setattr("vidpipe.media.ranges.LONGEST_S", 0.6)
+    options = {"preset": "ultrafast", "g": "16", "keyint_min": "16", "sc_threshold": "0"}
+    return mediagen.make(tmp_path / "long.mp4", frames=160, size=(96, 64), options=options)
+
+
+def test_only_what_all_workers_do_at_once_is_timed() -> None:
+    one = [(float(t), t / 2) for t in range(100)]
+    two = [(t + 0.5, 0.0) for t in range(10, 60)]
+    burst = split.together([one, two])
+    # The first has its lead-in, a quarter of its frames, behind it at 25; the second ends at 59.5.
+    assert (burst.begin.time_s, burst.end.time_s) == (25.0, 59.5)
+    assert burst.frames == 34 + 35
+    assert burst.fps == pytest.approx(2.0)
+    assert split.whole_fps([one, two]) == pytest.approx(149 / 99)
+
+
+@pytest.mark.parametrize(
+    "watches",
+    [
+        [[(0.0, 0.0), (1.0, 0.0)], []],
+        [[], []],
+        [[(0.0, 0.0), (1.0, 0.0)], [(2.0, 0.0), (3.0, 0.0)]],
+        [[(0.0, 0.0)], [(0.0, 0.0)]],
+    ],
+)
+def test_workers_that_are_not_at_work_at_once_have_no_rate(
+    watches: list[list[tuple[float, float]]],
+) -> None:
+    with pytest.raises(InputError, match="too short to keep 2 workers at work at once"):
+        split.together(watches)
+
+
+def test_a_split_pipeline_is_measured_against_as_many_decoders(cuttable: Path) -> None:
+    options = Options(
+        chains=(("clean-1x-nano", "nano-2x"),),
+        source=cuttable,
+        devices=(CPU, CPU),
+        seconds=0.01,
+    )
+    result = benchmark.bench(options)
+    assert result["device"] == "cpu,cpu"
+    (chain,) = result["chains"]
+    assert chain["workers"] == ["cpu", "cpu"]
+    assert chain["problems"] == []
+    assert chain["steady"] is None
+    assert chain["verified"]["identical"]
+    assert chain["verified"]["frames"] == 4
+    assert chain["verified"]["times_compared"] == 64
+    assert chain["output"] == {"width": 192, "height": 128, "format": "yuv420p"}
+    figures = {figure["name"]: figure for figure in chain["figures"]}
+    models = ["model clean-1x-nano", "model nano-2x"]
+    assert list(figures) == [
+        *("decode", *models, "encode", "pipeline to null", "pipeline to a file")
+    ]
+    for name in ("decode", "pipeline to null", "pipeline to a file"):
+        assert figures[name]["whole_fps"] > 0
+        assert 0 < figures[name]["frames"] < 160
+    for figure in figures.values():
+        assert len(figure["runs_fps"]) == 3
+    whole = figures["pipeline to a file"]
+    assert whole["sum_of"] == ["decode", *models, "encode"]
+    lowest = min(whole["sum_of"], key=lambda name: figures[name]["fps"])
+    assert whole["lowest_stage"] == lowest
+    share = whole["fps"] / figures[lowest]["fps"]
+    assert whole["share_of_lowest"] == pytest.approx(share, rel=1e-3)
+    assert any(note.endswith("parts on cpu, cpu") for note in chain["notes"])
+
+
+def test_what_is_asked_for_bounds_the_parts(cuttable: Path) -> None:
+    options = Options(chains=(("nano-2x",),), source=cuttable, devices=(CPU, CPU))
+    chain = split.SplitChain(options, [CPU, CPU], cuttable, ("nano-2x",), print, None)
+    chain._find_parts()
+    assert chain._starts == pytest.approx([0.64 * n for n in range(10)])
+    assert chain._rate() == pytest.approx(25)
+    assert chain._excerpt(0.1, 2) == {"duration_s": pytest.approx(2.56)}
+    assert chain._excerpt(3.5, 2) == {"duration_s": pytest.approx(3.84)}
+    assert chain._excerpt(9.0, 2) == {}
+    assert chain._excerpt(0.0, 6) == {}
+
+
+def test_no_speed_is_given_of_a_wrong_split(
+    cuttable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def turns(*_: object) -> None:
+        raise AssertionError("something was timed")
+
+    real = split.SplitChain._expected
+    monkeypatch.setattr(split.SplitChain, "_split_turns", turns)
+    options = Options(chains=(("nano-2x",),), source=cuttable, devices=(CPU, CPU))
+    changes: list[tuple[Callable[[Frame], Frame], str]] = [
+        (_wrong, r"component 1 .* dB against the CPU path"),
+    ]
+    for change, message in changes:
+
+        def changed(
+            self: Any, *others: Any, change: Callable[[Frame], Frame] = change
+        ) -> Iterator[Frame]:
+            return map(change, real(self, *others))
+
+        monkeypatch.setattr(split.SplitChain, "_expected", changed)
+        with pytest.raises(VerificationError, match=message):
+            benchmark.bench(options)
+
+    def lost(self: Any, excerpt: Any, wanted: Any, times: list[Fraction]) -> Iterator[Frame]:
+        yield from real(self, excerpt, wanted, times)
+        times.append(times[-1] + 1)
+
+    monkeypatch.setattr(split.SplitChain, "_expected", lost)
+    with pytest.raises(VerificationError, match="64 frames came, expected 65"):
+        benchmark.bench(options)
+
+
+def test_a_file_that_is_not_split_is_not_measured_as_one(small: Path) -> None:
+    options = Options(chains=(("nano-2x",),), source=small, devices=(CPU, CPU))
+    with pytest.raises(InputError, match="was not split: it has no key frames") as caught:
+        benchmark.bench(options)
+    assert "one device" in str(caught.value.hint)
+
+
+def test_where_one_decoder_is_what_pays_one_pipeline_is_measured(small: Path) -> None:
+    options = Options(
+        chains=(("nano-2x",),),
+        source=small,
+        devices=(CPU,),
+        decoders=None,
+        frames=3,
+        ends=("null",),
+    )
+    (chain,) = benchmark.bench(options)["chains"]
+    assert chain["workers"] == ["cpu"]
+    assert "network nano-2x" in [figure["name"] for figure in chain["figures"]]
+
+
+def test_the_steady_state_is_that_of_one_pipeline() -> None:
+    with pytest.raises(InputError, match="not over several devices"):
+        Options(chains=(("nano-2x",),), devices=(CPU, CPU), steady=10)
+
+
 # -- the chart ---------------------------------------------------------------------------------
 
 
@@ -474,3 +619,37 @@ def test_the_benchmark_on_a_gpu(own_folder: Path) -> None:
         steady = chain["steady"]
         assert steady["pool_flat"], steady["pool_growth"]
         assert set(steady["host_waits_a_frame"]) <= {"sink"}
+
+
+@pytest.mark.cuda
+def test_the_benchmark_of_two_decoders_on_a_gpu(own_folder: Path) -> None:
+    source = clip.synthetic_clip(640, 384, drawn=120, rounds=15)
+    gpu = Device("cuda")
+    options = Options(
+        chains=(("fast-2x",),), source=source, device=gpu, devices=(gpu, gpu), seconds=0.2
+    )
+    (chain,) = benchmark.bench(options)["chains"]
+    assert chain["problems"] == []
+    assert chain["workers"] == ["cuda:0", "cuda:0"]
+    assert chain["verified"]["identical"] or chain["verified"]["psnr_db"] > 50
+    assert chain["verified"]["times_compared"] >= 480
+    figures = {figure["name"]: figure for figure in chain["figures"]}
+    assert figures["decode"]["on"] == "NVDEC of cuda:0"
+    ends = ["pipeline to null", "pipeline to the host", "pipeline to a file"]
+    assert list(figures)[-3:] == ends
+    for end in ends:
+        assert figures[end]["fps"] > 0
+        assert figures[end]["lowest_stage"] in figures
+
+
+@pytest.mark.cuda
+def test_the_command_measures_a_list_of_gpus(own_folder: Path) -> None:
+    source = clip.synthetic_clip(640, 384, drawn=120, rounds=15)
+    done = _vidpipe(
+        *("bench", source, "--device", "cuda:0,cuda:0", "--model", "nano-2x"),
+        *("--to", "null", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["device"] == "cuda:0,cuda:0"
+    assert result["chains"][0]["workers"] == ["cuda:0", "cuda:0"]

@@ -24,7 +24,7 @@ MODELS = {
     "clean-1x-nano": (1, "nano", "clean", 160_000, 5.5),
     "clean-1x-fast": (1, "fast", "clean", 1_000_000, 6.4),
 }
-OPERATORS = {"Pad", "SpaceToDepth", "Conv", "LeakyRelu", "Add", "Mul", "DepthToSpace"}
+OPERATORS = {"Pad", "SpaceToDepth", "Conv", "Relu", "LeakyRelu", "Add", "Mul", "DepthToSpace"}
 
 
 def network(name):

@@ -409,3 +409,79 @@ def test_a_split_file_is_joined_without_a_seam(cupy: Any, tmp_path: Path, decode
     for a, b in zip(one, many, strict=True):
         for plane, other in zip(a.planes, b.planes, strict=True):
             assert np.abs(plane.astype(int) - other.astype(int)).max() <= 1
+
+
+@pytest.fixture
+def long_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """1080p, 1,200 frames, a key frame every second; worth several decoders."""
+    from vidpipe import decoders
+    from vidpipe.bench import clip
+
+    monkeypatch.setattr(decoders, "WORTH_FRAMES", 1000)
+    monkeypatch.setattr(clip, "clip_folder", lambda: tmp_path)
+    return clip.synthetic_clip(1920, 1080, drawn=60, rounds=20)
+
+
+def to_null(source: Path, *models: str) -> Graph:
+    graph = Graph("to null").add("in", "decode", path=str(source))
+    last = "in"
+    for number, model in enumerate(models):
+        graph.add(f"s{number}", "model", last, model=model)
+        last = f"s{number}"
+    return graph.add("out", "null", last)
+
+
+def test_all_gpus_take_several_decoders_where_decoding_is_the_bound(long_clip: Path) -> None:
+    from vidpipe import decoders
+    from vidpipe.clock import MonotonicClock
+    from vidpipe.segments import SplitRun
+
+    placed = to_null(long_clip)
+    placed.set("in", "device", "cuda:0")
+    sample = decoders.Sample(placed, "in", "out", MonotonicClock())
+    one, two = sample.decode(1), sample.decode(2)
+    sample.close()
+    assert one > 0
+    if two < 1.5 * one:
+        pytest.skip("one decoder is as fast as two")
+    run = SplitRun(to_null(long_clip), [GPU], decoders=None)
+    report = run.run()
+    assert len(run.devices) >= 2
+    assert not report.problems
+    assert report.stage("out").frames_in == 1200
+    assert f"no models: {len(run.devices)} decoders on each GPU" in report.notes[0]
+    rows = report.stage("in").facts["workers"]
+    assert all(row["frames"] for row in rows)
+    assert report.stage("in").facts["decoded_on"] == "NVDEC of cuda:0"
+
+
+def test_one_decoder_where_a_model_or_the_host_is_the_bound(
+    long_clip: Path, tmp_path: Path
+) -> None:
+    from vidpipe.segments import SplitRun
+
+    run = SplitRun(to_null(long_clip, "quality-2x"), [GPU], decoders=None)
+    run.plan()
+    run.abort()
+    assert run.devices == [GPU]
+    assert run.notes[0].endswith(": 1 decoder on each GPU")
+    on_host = Graph("on the host").add("in", "decode", path=str(long_clip))
+    on_host.add("out", "encode", "in", path=str(tmp_path / "o.mp4"), codec="libx264")
+    run = SplitRun(on_host, [GPU], decoders=None)
+    run.plan()
+    run.abort()
+    assert (run.devices, run.notes) == ([GPU], [])
+
+
+def test_two_decoders_of_one_gpu_to_nothing(long_clip: Path) -> None:
+    from vidpipe.bench.split import Watched
+
+    run = Watched(to_null(long_clip, "fast-2x"), [GPU, GPU])
+    report = run.run()
+    assert not report.problems
+    assert any(note.endswith("parts on cuda:0, cuda:0") for note in report.notes)
+    expected = [f.pts * f.spec.time_base for f in vidpipe.read(long_clip)]
+    assert sorted(time for watch in run.watches for time in watch.times) == expected
+    for watch in run.watches:
+        assert watch.times == sorted(watch.times)
+        assert watch.device == GPU

@@ -23,7 +23,7 @@ LAYERS = [
     {"model", "media"},
     {"graph"},
     {"pipeline"},
-    {"api", "compare", "doctor", "live", "machine", "segments", "warm"},
+    {"api", "compare", "decoders", "doctor", "live", "machine", "segments", "warm"},
     {"testing"},
     {"bench"},
     {"cli", "commands"},

@@ -304,6 +304,10 @@ def test_a_precision_that_is_not_there_is_said() -> None:
         raise _text(lambda: variant(fast, "int8", on_cpu=True))
     with pytest.raises(ModelError, match="float16 models in float32"):
         variant(fast, "fp16", on_cpu=True)
+    with pytest.raises(SpecError, match="CUDA runs no convolutions in int8"):
+        variant(fast, "int8", on_cpu=False, provider="cuda")
+    with pytest.raises(SpecError, match="CUDA runs no convolutions in int8"):
+        variant(copy, "auto", on_cpu=False, provider="cuda")
     with pytest.raises(ModelError, match="is in int8, fp32 was asked for"):
         variant(copy, "fp32", on_cpu=True)
     with pytest.raises(SpecError, match="'int4' is not known"):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mediagen import Audio, Subtitles, make
 
+from vidpipe import decoders
 from vidpipe.api import make_run
 from vidpipe.device import CPU, Device
 from vidpipe.errors import Cancelled, DeviceError, GraphError, InputError, OutputError, VidpipeError
@@ -26,6 +27,7 @@ from vidpipe.media.decode import Decode, _NotInHardware
 from vidpipe.media.ranges import Schedule, Segment, cut, starts_clean
 from vidpipe.pipeline import Pipeline, Report
 from vidpipe.segments import SplitRun, devices_of, run_split
+from vidpipe.stage import Null, Sink
 
 X264 = {"preset": "ultrafast", "g": "20", "keyint_min": "20", "bf": "3", "sc_threshold": "0"}
 X265 = "keyint=20:min-keyint=20:scenecut=0:bframes=4:b-adapt=0:log-level=error"
@@ -103,7 +105,7 @@ def test_same_frames_and_times(
     source = make(tmp_path / f"in{suffix}", codec=codec, options=options, frames=100)
     run = SplitRun(graph(source, tmp_path / "t.mkv", codec="ffv1"), [CPU, CPU], least_s=0.7)
     run.plan()
-    assert run._join is not None, run._notes
+    assert run._join is not None, run.notes
     _, split = both(source, tmp_path)
     rows = split.stage("source").facts["workers"]
     assert sum(row["frames"] for row in rows) == 100
@@ -306,6 +308,37 @@ class TestSchedule:
         waiting.join()
         assert got[0].index == 2
 
+    def test_a_part_is_found_while_the_next_one_is_looked_for(self) -> None:
+        looking, found = threading.Event(), threading.Event()
+
+        def segments() -> Iterator[Segment]:
+            yield Segment(0, 0, 10)
+            looking.set()
+            assert found.wait(30)
+            yield Segment(1, 10, 20)
+
+        schedule = Schedule(segments(), 4)
+        first = schedule.take()
+        got: list[Any] = []
+        taking = threading.Thread(target=lambda: got.append(schedule.take()))
+        taking.start()
+        assert looking.wait(30)
+        assert schedule.at(5) is first
+        found.set()
+        taking.join()
+        assert got[0].index == 1
+
+    def test_a_part_that_is_found_after_the_stop_is_not_begun(self) -> None:
+        def segments() -> Iterator[Segment]:
+            schedule.stop()
+            yield Segment(0, 0, 10)
+
+        schedule = Schedule(segments(), 4)
+        assert schedule.take() is None
+        assert schedule.take() is None
+        assert schedule.taken == []
+        assert list(schedule.parts()) == []
+
     def test_abort_wakes_everybody(self) -> None:
         schedule = Schedule(iter(self.segments(4)), 1)
         schedule.take()
@@ -465,8 +498,12 @@ def test_stages_between_run_on_every_worker(tmp_path: Path, clip: Path) -> None:
 
 def test_what_cannot_be_split_is_refused(tmp_path: Path, clip: Path) -> None:
     built = Graph("g").add("source", "decode", path=str(clip))
-    built.add("sink", "null", "source")
-    with pytest.raises(GraphError, match=r"stage 'sink' \(null\) cannot be split"):
+    built.add("sink", Null(), "source")
+    with pytest.raises(GraphError, match=r"stage 'sink' \(Null\) cannot be split"):
+        SplitRun(built, [CPU, CPU])
+    built = Graph("g").add("source", "decode", path=str(clip))
+    built.add("one", "null", "source").add("two", "null", "source")
+    with pytest.raises(GraphError, match="1 decode stages and 2 that encode or take nothing"):
         SplitRun(built, [CPU, CPU])
     with pytest.raises(InputError, match="0 devices"):
         run_split(graph(clip, tmp_path / "o.mp4"), [])
@@ -514,6 +551,7 @@ def test_why_the_host_encodes_is_told_once(tmp_path: Path, clip: Path) -> None:
     run = SplitRun(graph(clip, tmp_path / "o.mp4"), [CPU, CPU], least_s=0.7)
     run.plan()
     assert run._join is not None
+    assert run._join.sink is not None
     run._join.sink._why_host = "h264_nvenc on cuda:0: no such chip"
     run.start()
     run.wait()
@@ -561,6 +599,112 @@ def test_a_list_of_gpus_makes_a_split_run(
     assert [str(d) for d in run.devices] == ["cuda:1", "cuda:1"]
     assert isinstance(make_run(clip, tmp_path / "o.mp4", device="cuda:1"), Pipeline)
     assert asked == ["cuda:1", "cuda:1"]
+
+
+def to_null(source: Path, **options: Any) -> Graph:
+    built = Graph("null").add("source", "decode", path=str(source), **options)
+    built.add("resize", "resize", "source", scale=0.5)
+    return built.add("sink", "null", "resize")
+
+
+class Watched(SplitRun):
+    """Keeps what each worker's sink was given."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.given: list[list[int]] = []
+
+    def _around(self, sink: Sink) -> Sink:
+        given: list[int] = []
+        self.given.append(given)
+        real = sink.write
+
+        def write(frame: Frame) -> None:
+            given.append(frame.pts)
+            real(frame)
+
+        sink.write = write  # type: ignore[method-assign]
+        return sink
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_parts_may_go_to_nothing(clip: Path) -> None:
+    run = Watched(to_null(clip), [CPU, CPU], least_s=0.7)
+    report = run.run()
+    assert report.problems == []
+    assert report.outcome == "complete"
+    assert "5 parts on cpu, cpu" in report.notes
+    assert [(s.name, s.use, s.frames_in) for s in report.stages] == [
+        ("source", "decode", 0), ("resize", "resize", 100), ("sink", "null", 100)
+    ]  # fmt: skip
+    assert sorted(pts for given in run.given for pts in given) == [p for p, _ in pictures(clip)]
+    for given in run.given:
+        assert all(a < b for a, b in pairwise(given))
+    assert report.media_s == pytest.approx(4.0)
+    facts = report.stage("source").facts
+    assert (facts["frames"], facts["complete"], facts["damaged"]) == (100, True, False)
+    frames, media_s = run.written()
+    assert (frames, round(media_s, 3)) == (100, 4.0)
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_failure_on_the_way_to_nothing_stops_all(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: Null, frame: Frame) -> None:
+        if frame.time_s > 2:
+            raise OutputError("it broke")
+
+    monkeypatch.setattr(Null, "write", write)
+    with pytest.raises(OutputError, match=r"stage 'sink' at 2\.\d+ s: it broke"):
+        SplitRun(to_null(clip), [CPU, CPU], least_s=0.7).run()
+
+
+def test_a_run_stopped_while_it_is_planned_begins_no_part(clip: Path) -> None:
+    run = SplitRun(to_null(clip), [CPU, CPU], least_s=0.7)
+    real = run.plan
+
+    def plan() -> None:
+        real()
+        run.stop()
+
+    run.plan = plan  # type: ignore[method-assign]
+    assert run.run().outcome == "stopped"
+    assert run.written()[0] == 0
+
+
+def test_a_run_asks_how_many_decoders_and_says_it(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Graph] = []
+
+    def choose(graph: Graph, source: str, sink: str, head: Any, clock: Any) -> tuple[int, str]:
+        assert (source, sink, head.expected_frames) == ("source", "sink", 100)
+        asked.append(graph)
+        return 3, "decode 1 fps, models 3 fps: 3 decoders on each GPU"
+
+    monkeypatch.setattr(decoders, "choose", choose)
+    run = SplitRun(to_null(clip), [CPU], decoders=None, least_s=0.7)
+    report = run.run()
+    assert len(asked) == 1
+    assert run.devices == [CPU] * 3
+    assert report.notes[0] == "decode 1 fps, models 3 fps: 3 decoders on each GPU"
+    assert report.stage("sink").frames_in == 100
+    limited = SplitRun(to_null(clip), [CPU], decoders=None, vram_limit=1 << 40)
+    limited.plan()
+    assert limited.devices == [CPU]
+    assert len(asked) == 1
+
+
+def test_all_gpus_get_as_many_decoders_as_pay(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = {"cuda:all": [Device("cuda")], "cuda:0,cuda:0": [Device("cuda")] * 2}
+    monkeypatch.setattr("vidpipe.segments.devices_of", gpus.get)
+    monkeypatch.setattr("vidpipe.api.build_graph", lambda source, out, **_: graph(source, out))
+    made = {name: make_run(clip, tmp_path / "o.mp4", device=name) for name in gpus}
+    assert [getattr(run, "_measured", None) for run in made.values()] == [False, True]
+    assert [len(getattr(run, "devices", [])) for run in made.values()] == [1, 2]
 
 
 def test_several_decoders_of_one_device(tmp_path: Path, clip: Path) -> None:

@@ -7,8 +7,8 @@ With `--shares` the checkpoints, all of one network and each but the first train
 before, become one file whose weights are their weighted mean. `--correction` multiplies what the
 network adds to its fixed enlargement.
 
-The graph is built node by node: Pad, SpaceToDepth, Conv, LeakyRelu, Add, Mul, DepthToSpace and
-nothing else.
+The graph is built node by node: Pad, SpaceToDepth, Conv, Relu or LeakyRelu, Add, Mul, DepthToSpace
+and nothing else.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from training.networks import SLOPE, SPECS, NetSpec, PlaneNet, cubic_phases
+from training.networks import SPECS, NetSpec, PlaneNet, cubic_phases
 
 VERSION = "1.1.0"
 OPSET = 18
@@ -73,7 +73,11 @@ def build(spec: NetSpec, weights: dict[str, Tensor]) -> onnx.ModelProto:
 
     def layer(x: str, name: str, *, pad: int = 1, active: bool = True) -> str:
         raw = graph.convolution(x, name, weights[f"{name}.weight"], weights[f"{name}.bias"], pad)
-        return graph.node("LeakyRelu", [raw], f"{name}.relu", alpha=SLOPE) if active else raw
+        if not active:
+            return raw
+        if spec.slope == 0:
+            return graph.node("Relu", [raw], f"{name}.relu")
+        return graph.node("LeakyRelu", [raw], f"{name}.relu", alpha=spec.slope)
 
     features = layer(split, "head", pad=0)
     for i in range(spec.plain):

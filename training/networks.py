@@ -21,7 +21,12 @@ SLOPE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetSpec:
-    """Shape of one network. `blocks` counts pairs of convolutions with a skip around each pair."""
+    """Shape of one network.
+
+    `blocks` counts pairs of convolutions with a skip around each pair. `slope` is that of the
+    activation below zero: 0, a plain ReLU, costs nothing in int8 and leaves all codes to what lies
+    above; wider networks have none and learn better with some.
+    """
 
     name: str
     task: str
@@ -30,6 +35,7 @@ class NetSpec:
     channels: int
     plain: int
     blocks: int = 0
+    slope: float = SLOPE
 
     @property
     def strength(self) -> bool:
@@ -59,14 +65,23 @@ _UP = NetSpec(name="", task="upscale", tier="", scale=2, channels=64, plain=6)
 SPECS = {
     spec.name: spec
     for spec in (
-        replace(_UP, name="nano-2x", tier="nano", channels=32, plain=3),
+        replace(_UP, name="nano-2x", tier="nano", channels=32, plain=3, slope=0.0),
         replace(_UP, name="fast-2x", tier="fast"),
         replace(_UP, name="quality-2x", tier="quality", channels=96, plain=1, blocks=6),
         replace(
-            _UP, name="clean-1x-nano", task="clean", tier="nano", scale=1, channels=32, plain=3
+            _UP,
+            name="clean-1x-nano",
+            task="clean",
+            tier="nano",
+            scale=1,
+            channels=32,
+            plain=3,
+            slope=0.0,
         ),
         replace(_UP, name="clean-1x-fast", task="clean", tier="fast", scale=1),
-        replace(_UP, name="clean-2x-nano", task="clean", tier="nano", channels=32, plain=3),
+        replace(
+            _UP, name="clean-2x-nano", task="clean", tier="nano", channels=32, plain=3, slope=0.0
+        ),
         replace(_UP, name="clean-2x-fast", task="clean", tier="fast"),
         replace(
             _UP,
@@ -110,17 +125,30 @@ def _convolution(inputs: int, outputs: int, padding: int, gain: float, identity:
 
 
 class PlaneNet(nn.Module):
-    """Space-to-depth, 3x3 convolutions with LeakyReLU, depth-to-space, on top of a fixed cubic.
+    """Space-to-depth, 3x3 convolutions with (Leaky)ReLU, depth-to-space, on top of a fixed cubic.
 
     A chain's inner convolutions start as the identity plus a small random part, which is
     an identity branch folded into the weights: nothing needs folding at export.
     With `strength` the network's correction is multiplied by it, so 0 gives the input (scale
-    1) or its cubic enlargement (scale 2).
+    1) or its cubic enlargement (scale 2). `slope` may be another than the spec's while a network
+    is led from one activation to another.
+
+    With `coded` it computes as int8 will: weights in 7 bits, one scale a channel, activations in 8,
+    one scale a tensor, and gradients pass the rounding unchanged. The scales are learned (S. Esser
+    et al., "Learned Step Size Quantization", 2020), as logarithms; `calibrate` sets the first ones.
     """
 
-    def __init__(self, spec: NetSpec) -> None:
+    slope: Tensor
+
+    def __init__(self, spec: NetSpec, *, coded: bool = False) -> None:
         super().__init__()
         self.spec = spec
+        self.coded = coded
+        self._seen: list[Tensor] | None = None
+        if coded:
+            if spec.blocks:
+                raise ValueError(f"{spec.name} has blocks, expected a plain chain of convolutions")
+            self.steps = nn.Parameter(torch.zeros(2 + spec.plain))
         width = spec.channels
         self.head = _convolution(4, width, 0, 1.0, identity=False)
         self.plain = nn.ModuleList(
@@ -136,6 +164,7 @@ class PlaneNet(nn.Module):
             for _ in range(spec.blocks)
         )
         self.tail = _convolution(width, 4 * spec.scale**2, 1, 0.02, identity=False)
+        self.register_buffer("slope", torch.tensor(spec.slope), persistent=False)
         if spec.scale == 2:
             self.register_buffer("cubic", cubic_phases(), persistent=False)
 
@@ -144,12 +173,14 @@ class PlaneNet(nn.Module):
         # The input is not exact in bfloat16: first layer, base and sum stay out of autocast.
         with torch.autocast(x.device.type, enabled=False):
             split = functional.pixel_unshuffle(functional.pad(x, (2, 2, 2, 2), mode="replicate"), 2)
-            features = functional.leaky_relu(self.head(split), SLOPE)
-        for layer in self.plain:
-            features = functional.leaky_relu(layer(features), SLOPE)
+            features = self._active(self._convolve(self.head, split), 0)
+        for number, layer in enumerate(self.plain, 1):
+            features = self._active(self._convolve(layer, features), number)  # type: ignore[arg-type]
         for first, second in self.blocks:  # type: ignore[misc]
-            features = features + second(functional.leaky_relu(first(features), SLOPE))
-        correction = self.tail(features).float()
+            features = features + second(self._active(first(features), 0))
+        correction = self._convolve(self.tail, features).float()
+        if self.coded:
+            correction = self._in_codes(correction, len(self.plain) + 1, -128, 127)
         if strength is not None:
             correction = correction * strength
         with torch.autocast(x.device.type, enabled=False):
@@ -157,6 +188,39 @@ class PlaneNet(nn.Module):
                 return x + functional.pixel_shuffle(correction, 2)
             base = functional.conv2d(split, self.get_buffer("cubic"))
             return functional.pixel_shuffle(base + correction, 4)
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> None:
+        """Set the scales so that nothing of what a batch puts through the network is cut."""
+        self._seen = []
+        self(x, torch.ones(1, device=x.device))
+        self.steps.copy_(torch.stack(self._seen).clamp_min(1e-6).log())
+        self._seen = None
+
+    def _convolve(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        if not self.coded:
+            result: Tensor = layer(x)
+            return result
+        weight = layer.weight
+        step = weight.detach().abs().amax((1, 2, 3), keepdim=True).clamp_min(1e-9) / 63
+        weight = _rounded(weight / step) * step
+        return functional.conv2d(x, weight, layer.bias, padding=layer.padding)
+
+    def _active(self, features: Tensor, number: int) -> Tensor:
+        features = torch.maximum(features, features * self.slope.to(features.dtype))
+        return self._in_codes(features, number, 0, 255) if self.coded else features
+
+    def _in_codes(self, values: Tensor, number: int, low: int, high: int) -> Tensor:
+        if self._seen is not None:
+            self._seen.append(values.abs().amax() / high)
+            return values
+        step = self.steps[number].exp()
+        return _rounded((values / step).clamp(low, high)) * step
+
+
+def _rounded(values: Tensor) -> Tensor:
+    """Round, and let gradients pass as if it had not been."""
+    return values + (values.round() - values).detach()
 
 
 def parameters(net: nn.Module) -> int:

@@ -9,6 +9,10 @@ resumed with `--resume`; `--reset` takes the weights alone and begins a schedule
 A B` says instead which part of the schedule, from 0 to 1, this run covers, however long it takes.
 On a CUDA device one whole step, from the crop to the optimizer, is one CUDA graph.
 
+`--from-slope S` begins with activations of that slope below zero and leads it to the network's own
+over the first half of the schedule. `--int8` trains a nano network as int8 will run it
+(`networks.PlaneNet`); its checkpoint holds the float weights.
+
 A checkpoint holds the moving average of the weights and nothing else that a run needs again: the
 optimizer forgets within a hundred steps what it held.
 """
@@ -141,7 +145,7 @@ class Trainer:
     def __init__(self, options: argparse.Namespace, spec: NetSpec, device: torch.device) -> None:
         self.options, self.spec, self.device = options, spec, device
         self.cuda = device.type == "cuda"
-        self.net = PlaneNet(spec).to(device)
+        self.net = PlaneNet(spec, coded=options.int8).to(device)
         if self.cuda:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.weights = list(self.net.parameters())
@@ -161,8 +165,9 @@ class Trainer:
         names = [name for name, _ in self.net.named_parameters()]
         with torch.no_grad():
             for weight, average, name in zip(self.weights, self.average, names, strict=True):
-                weight.copy_(state["average"][name])
-                average.copy_(state["average"][name])
+                if name in state["average"]:
+                    weight.copy_(state["average"][name])
+                    average.copy_(state["average"][name])
         if not self.options.reset:
             self.trained_s, self.steps = state["trained_s"], state["steps"]
 
@@ -172,6 +177,7 @@ class Trainer:
         average = {
             name: value.detach().to("cpu", torch.float32).contiguous()
             for name, value in zip(names, self.average, strict=True)
+            if name != "steps"
         }
         state = {"model": self.spec.name, "average": average}
         part = path.with_suffix(".part")
@@ -197,7 +203,10 @@ class Trainer:
             small = small.contiguous(memory_format=torch.channels_last)
         strength = torch.ones(1, device=self.device) if self.spec.strength else None
         with torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.cuda, cache_enabled=False
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.cuda and not self.options.int8,  # which is finer than bfloat16
+            cache_enabled=False,
         ):
             out = self.net(small, strength)
         loss = loss_of(self.options.loss, out, batch.truth, batch.coded, batch.small)
@@ -234,11 +243,20 @@ class Trainer:
             else:
                 group["lr"] = rate
 
+    def set_slope(self, progress: float) -> None:
+        """Lead the activations' slope below zero to the network's own, in place."""
+        start, own = self.options.from_slope, self.spec.slope
+        if start is not None:
+            self.net.slope.fill_(own + (start - own) * max(0.0, 1 - 2 * progress))
+
     def run(self, source: Callable[[], Batch], deadline: float) -> None:
         """Train until the monotonic clock reads `deadline` or the schedule is at its end."""
         options = self.options
         total = options.total or options.seconds
         self.set_rate(0.05 * options.lr)
+        self.set_slope(0.0)
+        if options.int8:
+            self.net.calibrate(source().small)
         step = self.recorded(source)
         self.loss_sum.zero_()
         begun = last = said = saved = time.monotonic()
@@ -262,6 +280,7 @@ class Trainer:
                 progress = self.trained_s / total
             ease = min(1.0, 0.05 + (now - begun) / EASE_S)
             self.set_rate(ease * learning_rate(options.lr, progress))
+            self.set_slope(progress)
             # Few enough steps between two looks at the clock, many enough not to wait often.
             chunk = max(1, min(200, int(chunk * 0.5 / max(now - last, 1e-3)) + 1))
             last = now
@@ -296,6 +315,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--total", type=float, help="trained seconds that the schedule spans")
     parser.add_argument(
         "--span", type=float, nargs=2, help="first and last share of the schedule, in this run"
+    )
+    parser.add_argument("--int8", action="store_true", help="train for int8; nano networks only")
+    parser.add_argument(
+        "--from-slope", type=float, help="slope below zero to begin with, such as 0.1"
     )
     parser.add_argument("--max-steps", type=int, help="let steps instead of time set the schedule")
     parser.add_argument("--batch", type=int, default=32)

@@ -293,7 +293,8 @@ def make_run(
     Args:
         source, destination: see `enhance`.
         device: see `build_graph`; "cuda:all" or a list such as "cuda:0,cuda:1" splits the
-            file over several GPUs. A GPU named twice gets two workers, with a decoder each.
+            file over several GPUs. A GPU named twice gets two workers, with a decoder each;
+            "cuda:all" gives each GPU as many as `vidpipe.decoders` finds worth it.
         tracer: keeps a profile of the run.
         vram_limit: GPU memory that frames and models may take, such as "2G"; shorter rings
             and tiles keep to it.
@@ -310,7 +311,8 @@ def make_run(
     first = str(devices[0]) if devices else device
     graph = build_graph(source, destination, device=first, **options)
     if devices:
-        return SplitRun(graph, devices, tracer=tracer, vram_limit=limit)
+        decoders = None if device == "cuda:all" else 1
+        return SplitRun(graph, devices, decoders=decoders, tracer=tracer, vram_limit=limit)
     return Pipeline(graph, tracer=tracer, vram_limit=limit)
 
 

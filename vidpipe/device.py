@@ -223,7 +223,7 @@ class Ring:
         pinned: on the CPU, page-locked memory, which a GPU copies to and from by itself.
 
     A ring that runs out, because a user keeps frames, grows by a slot; `grown` counts how
-    often.
+    often. `slot_bytes` is the size of one slot.
 
     Raises:
         DeviceError: the device is not there, or its memory does not suffice.
@@ -238,6 +238,7 @@ class Ring:
         pinned: bool = False,
     ) -> None:
         self.shapes = tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in shapes)
+        self.slot_bytes = slot_bytes(self.shapes)
         self.device = device
         self.grown = 0
         self._pinned = pinned
@@ -249,11 +250,6 @@ class Ring:
 
     def __len__(self) -> int:
         return len(self._slots)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Size of one slot."""
-        return slot_bytes(self.shapes)
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -311,12 +307,13 @@ class Ring:
     def _device_views(self, slot: Slot, lease: Lease) -> tuple[Any, ...]:
         cupy = self._cupy
         assert cupy is not None
-        start = slot.buffers[0].data.ptr
+        start, pointer = slot.buffers[0].data.ptr, cupy.cuda.MemoryPointer
         memory = cupy.cuda.UnownedMemory(start, self.slot_bytes, lease, self.device.index)
-        return tuple(
-            cupy.ndarray(b.shape, b.dtype, cupy.cuda.MemoryPointer(memory, b.data.ptr - start))
-            for b in slot.buffers
-        )
+        planes, at = [], 0
+        for buffer, (shape, dtype) in zip(slot.buffers, self.shapes, strict=True):
+            planes.append(cupy.ndarray(shape, dtype, pointer(memory, at)))
+            at += buffer.nbytes
+        return tuple(planes)
 
 
 def slot_bytes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> int:

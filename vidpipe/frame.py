@@ -276,7 +276,8 @@ class Frame:
     @property
     def time_s(self) -> float:
         """Presentation time in seconds."""
-        return float(self.pts * self.spec.time_base)
+        ticks, per_second = self.spec.time_base.as_integer_ratio()
+        return self.pts * ticks / per_second
 
     def replace(
         self,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
 from vidpipe import trace
@@ -144,12 +145,24 @@ class _Runner:
         self.outputs: list[Link] = []
         self.report = StageReport(node.name, node.use or type(actor).__name__)
         self.spec: FrameSpec | None = None
-        self.time_s: float | None = None
+        self.pts: int | None = None  # of the frame at hand, in ticks of `time_base`
+        self.time_base = Fraction(1)
         self.first_s: float | None = None
-        self.end_s: float | None = None
+        self.end_pts = 0  # where the frames taken so far end
         self.track: trace.Track | None = None  # while somebody profiles
         self.queues: list[str] = []  # names of the outputs, likewise
         self.thread = threading.Thread(target=self._run, name=f"vidpipe-{node.name}")
+
+    @property
+    def time_s(self) -> float | None:
+        """Media time of the frame at hand; worked out only when somebody asks."""
+        return None if self.pts is None else float(self.pts * self.time_base)
+
+    @property
+    def media_s(self) -> float:
+        """Media time that the frames taken so far cover."""
+        end_s = float(self.end_pts * self.time_base)
+        return 0.0 if self.first_s is None else end_s - self.first_s
 
     def _run(self) -> None:
         clock = self.pipeline.clock
@@ -219,7 +232,7 @@ class _Runner:
                 self._time(sink.replan, frame.spec)
             self._took(frame)
             self._time(sink.write, frame)
-            self.end_s = frame.time_s + float((frame.duration or 0) * frame.spec.time_base)
+            self.end_pts = frame.pts + (frame.duration or 0)
             if self.first_s is None:
                 self.first_s = frame.time_s
                 self.pipeline._first_frame()
@@ -258,11 +271,11 @@ class _Runner:
             frame.ready.synchronize()
             frame.ready = None
         self.spec = frame.spec
-        self.time_s = frame.time_s
+        self.pts, self.time_base = frame.pts, frame.spec.time_base
         self.report.frames_in += 1
 
     def _emit(self, frame: Frame) -> None:
-        self.time_s = frame.time_s
+        self.pts, self.time_base = frame.pts, frame.spec.time_base
         self.report.frames_out += 1
         if self.track is not None:
             self._traced_emit(frame, self.track)
@@ -572,12 +585,10 @@ class Pipeline:
         """Wait until every stage has ended; return whether they have."""
         deadline_s = None if timeout_s is None else self.clock.now_s() + timeout_s
         for runner in self._runners.values():
-            if deadline_s is None:
-                runner.thread.join()
-            else:
-                runner.thread.join(max(0.0, deadline_s - self.clock.now_s()))
-                if runner.thread.is_alive():
-                    return False
+            left_s = None if deadline_s is None else max(0.0, deadline_s - self.clock.now_s())
+            runner.thread.join(left_s)
+            if runner.thread.is_alive():
+                return False
         return True
 
     def stop(self) -> None:
@@ -621,7 +632,6 @@ class Pipeline:
         stages = self.progress()
         notes = list(self._notes)
         problems: list[str] = []
-        media_s = 0.0
         for runner, stage in zip(self._runners.values(), stages, strict=True):
             stage.facts = runner.actor.report()
             notes += stage.facts.pop("notes", [])
@@ -633,15 +643,13 @@ class Pipeline:
                         f"stage '{stage.name}' took {stage.frames_in} of the {given} frames "
                         f"that '{runner.writer}' gave"
                     )
-            if runner.first_s is not None and runner.end_s is not None:
-                media_s = max(media_s, runner.end_s - runner.first_s)
         if self._tracer is not None:
             self._tracer.add_run(self.graph.title or self.graph.origin, stages)
         return Report(
             "stopped" if self._stopping else "complete",
             wall_s,
             self._first_frame_s,
-            media_s,
+            max(r.media_s for r in self._runners.values()),
             stages,
             notes,
             problems,
@@ -678,10 +686,7 @@ class Pipeline:
     def written(self) -> tuple[int, float]:
         """Return (frames, media time in seconds) that every sink has taken so far."""
         sinks = [r for r in self._runners.values() if isinstance(r.actor, Sink)]
-        return (
-            min(r.report.frames_in for r in sinks),
-            min((r.end_s or 0.0) - (r.first_s or 0.0) for r in sinks),
-        )
+        return min(r.report.frames_in for r in sinks), min(r.media_s for r in sinks)
 
     def _fail(self, error: VidpipeError) -> None:
         with self._lock:

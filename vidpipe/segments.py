@@ -21,9 +21,9 @@ from vidpipe.errors import Cancelled, DeviceError, GraphError, InputError, Vidpi
 from vidpipe.graph import Graph, Node
 from vidpipe.link import LinkClosed
 from vidpipe.pipeline import Pipeline, Report, StageReport, StartGate, drive
-from vidpipe.stage import Source, options_of
+from vidpipe.stage import Null, Sink, Source, options_of
 
-SPLITTABLE = frozenset({"decode", "encode", "function", "model", "resize"})
+SPLITTABLE = frozenset({"decode", "encode", "function", "model", "null", "resize"})
 """Stages that treat each frame by itself, so that it does not matter which ones came before."""
 
 
@@ -31,16 +31,18 @@ def run_split(
     graph: Graph,
     devices: Sequence[Device],
     *,
-    decoders: int = 1,
+    decoders: int | None = 1,
     progress: Callable[[SplitRun], None] | None = None,
 ) -> Report:
-    """Run a graph from one file to another on several devices.
+    """Run a graph from one file to another, or to nothing, on several devices.
 
     Args:
-        graph: one decode and one encode stage, and between them stages of `SPLITTABLE`.
+        graph: one decode stage, one encode or null stage, and between them stages of
+            `SPLITTABLE`.
         devices: where the workers run; the device of every stage that has one is set to its
             worker's, unless it is set to another kind, such as "cpu".
-        decoders: workers on each device.
+        decoders: workers on each device; None for as many as a short measurement finds worth
+            it, see `vidpipe.decoders`.
         progress: called about five times a second while it runs.
 
     Raises:
@@ -83,6 +85,10 @@ class SplitRun:
         clock: source of all times.
         options: more arguments of `Pipeline`, such as `tracer`.
 
+    Attributes:
+        devices: one for each worker; after `plan`, where that chooses how many.
+        notes: why the file was not split, and what was measured, after `plan`.
+
     Raises:
         GraphError: the graph is wrong, or not one that can be split.
         InputError: there are no devices.
@@ -93,24 +99,26 @@ class SplitRun:
         graph: Graph,
         devices: Sequence[Device],
         *,
-        decoders: int = 1,
+        decoders: int | None = 1,
         least_s: float | None = None,
         clock: Clock | None = None,
         **options: Any,
     ) -> None:
-        if not devices or decoders < 1:
+        if not devices or (decoders is not None and decoders < 1):
             raise InputError(f"{len(devices)} devices with {decoders} decoders each")
         graph.validate()
         self.graph = graph
         self.clock = clock or MonotonicClock()
-        self.devices = [device for device in devices for _ in range(decoders)]
+        self.devices = [device for device in devices for _ in range(decoders or 1)]
+        self._measured = decoders is not None
         self._least_s = least_s
         self._options = options
-        self._decode, self._encode = _ends(graph)
+        self._decode, self._sink = _ends(graph)
         self._gate = StartGate()
         self._pipelines: list[Pipeline] = []
+        self._part_sinks: list[Sink] = []
         self._join: _Join | None = None
-        self._notes: list[str] = []
+        self.notes: list[str] = []
         self._error: VidpipeError | None = None
         self._start_s = 0.0
         self._stopping = self._aborted = False
@@ -138,16 +146,19 @@ class SplitRun:
             head.plan()
         except VidpipeError as error:
             raise error.at(head.name) from None
-        workers = len(self.devices)
+        assert head.info is not None
         length_s = head.expected_s or 0.0
+        interlaced = head.deinterlace == "auto" and head.info.video.interlaced
+        deinterlaced = interlaced or head.deinterlace == "always"
+        if not self._measured and not deinterlaced:
+            self._choose_decoders(head)
+        workers = len(self.devices)
         least_s = self._least_s or min(max(length_s / (4 * workers), SHORTEST_S), LONGEST_S)
         segments = cut(head, least_s)
         first = list(islice(segments, 2))
-        assert head.info is not None
         why = ""
         if workers > 1:
-            interlaced = head.deinterlace == "auto" and head.info.video.interlaced
-            if interlaced or head.deinterlace == "always":
+            if deinterlaced:
                 why = "its pictures are deinterlaced, which looks at their neighbours"
             elif len(first) < 2:
                 why = f"it has no key frames {least_s:.3g} s apart to cut at"
@@ -155,8 +166,8 @@ class SplitRun:
                 why = "its key frames do not decode without what comes before"
         if why or workers == 1:
             if why:
-                self._notes = [f"'{head.path}' was not split: {why}"]
-            graph = self._copy(self.devices[0], self._decode, self._encode)
+                self.notes.append(f"'{head.path}' was not split: {why}")
+            graph = self._copy(self.devices[0], self._decode, self._sink)
             pipelines = [Pipeline(graph, clock=self.clock, **self._options)]
         else:
             schedule = Schedule(chain(first, segments), 2 * workers)
@@ -169,18 +180,42 @@ class SplitRun:
         self._pipelines = pipelines
 
     def _worker(self, device: Device, schedule: Any) -> Pipeline:
-        from vidpipe.media.join import PartEncode
         from vidpipe.media.ranges import RangeDecode
 
-        decode, encode = self._decode, self._encode
+        decode, sink = self._decode, self._sink
         reader = RangeDecode(schedule=schedule, **_placed(decode, device))
-        writer = PartEncode(schedule=schedule, **encode.options)
+        writer = self._part_sink(schedule)
+        self._part_sinks.append(writer)
         graph = self._copy(
             device,
             Node(decode.name, "", None, {}, reader),
-            Node(encode.name, "", encode.source, {}, writer),
+            Node(sink.name, "", sink.source, {}, self._around(writer)),
         )
         return Pipeline(graph, clock=self.clock, gate=self._gate, **self._options_on(device))
+
+    def _part_sink(self, schedule: Any) -> Sink:
+        """Return what takes a worker's parts."""
+        from vidpipe.media.join import PartEncode, PartSink
+
+        if self._sink.use == "encode":
+            return PartEncode(schedule=schedule, **self._sink.options)
+        return PartSink(Null(), schedule)
+
+    def _around(self, sink: Sink) -> Sink:
+        """Return the sink of a worker's pipeline; one that measures can put itself around it."""
+        return sink
+
+    def _choose_decoders(self, head: Any) -> None:
+        """Give each device as many workers as a measurement finds worth it."""
+        from vidpipe.decoders import choose
+
+        self._measured = True
+        if self._options.get("vram_limit") is not None:
+            return  # a second model would halve what each may take
+        graph = self._copy(self.devices[0])
+        count, note = choose(graph, self._decode.name, self._sink.name, head, self.clock)
+        self.devices = [device for device in self.devices for _ in range(count)]
+        self.notes += [note] if note else []
 
     def _options_on(self, device: Device) -> dict[str, Any]:
         """Return the options of a pipeline, which shares its device's memory with others."""
@@ -212,6 +247,8 @@ class SplitRun:
         """
         self._start_s = self.clock.now_s()
         self.plan()
+        if self._stopping:  # somebody asked while the file was planned
+            self.stop()
         # No worker may begin before all are known to the gate.
         self._gate.expect(1)
         for pipeline in self._pipelines:
@@ -294,10 +331,10 @@ class SplitRun:
         reports = [p.report() for p in self._pipelines]
         if self._join is None:
             report = reports[0]
-            report.notes = [*self._notes, *report.notes]
+            report.notes = [*self.notes, *report.notes]
             return report
         stages = self._merged([r.stages for r in reports])
-        notes = list(dict.fromkeys(n for r in reports for n in r.notes))
+        notes = list(dict.fromkeys([*self.notes, *(n for r in reports for n in r.notes)]))
         problems = list(dict.fromkeys(n for r in reports for n in r.problems))
         for stage in stages:
             own = self._join.facts(stage.name)
@@ -369,8 +406,11 @@ class _Join:
         self.run = run
         self.head = head
         self.schedule = schedule
-        self.sink = JoinEncode(**run._encode.options)
-        self.sink.name = run._encode.name
+        self.name = run._sink.name
+        self.sink: JoinEncode | None = None  # of parts that go to no file
+        if run._sink.use == "encode":
+            self.sink = JoinEncode(**run._sink.options)
+            self.sink.name = self.name
         self._readers: list[Any] = []
         self._pipelines: list[Pipeline] = []
         self.thread = threading.Thread(target=self._run, name="vidpipe-join")
@@ -384,7 +424,9 @@ class _Join:
         """
         self._pipelines = pipelines
         self._readers = [p.actor(self.head.name) for p in pipelines]
-        sinks: list[Any] = [p.actor(self.sink.name) for p in pipelines]
+        if self.sink is None:
+            return
+        sinks: list[Any] = self.run._part_sinks
         if any(sink.choice != sinks[0].choice for sink in sinks):
             names = dict.fromkeys(sink.choice[0] for sink in sinks)
             raise InputError(
@@ -400,8 +442,8 @@ class _Join:
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return what a stage's report says of the whole file."""
-        if name == self.sink.name:
-            return self.sink.report()
+        if name == self.name:
+            return self.sink.report() if self.sink is not None else {}
         if name != self.head.name:
             return {}
         facts: dict[str, Any] = self.head.report()
@@ -419,23 +461,26 @@ class _Join:
             for segment, packets, facts in self.schedule.parts():
                 if segment.counts.jumps:
                     counts.jumps = segment.counts.jumps
-                self.sink.join(packets, facts)
+                if self.sink is not None:
+                    self.sink.join(packets, facts)
                 if facts is not None:
                     add_counts(counts, segment.counts)
             counts.stopped = self.run._stopping
-            self.sink.finish()
+            if self.sink is not None:
+                self.sink.finish()
         except LinkClosed:
             self._abort()
         except VidpipeError as error:
-            self.run._fail(error.at(self.sink.name))
+            self.run._fail(error.at(self.name))
             self._abort()
         except BaseException as error:
             wrapped = VidpipeError(f"{type(error).__name__}: {error}")
             wrapped.__cause__ = error
-            self.run._fail(wrapped.at(self.sink.name))
+            self.run._fail(wrapped.at(self.name))
             self._abort()
         finally:
-            self.sink.close()
+            if self.sink is not None:
+                self.sink.close()
             self.schedule.close()
 
     def _abort(self) -> None:
@@ -445,7 +490,7 @@ class _Join:
 
 
 def _ends(graph: Graph) -> tuple[Node, Node]:
-    """Return the decode and the encode stage of a graph that can be split.
+    """Return the decode stage and the encode or null stage of a graph that can be split.
 
     Raises:
         GraphError: it cannot.
@@ -457,11 +502,11 @@ def _ends(graph: Graph) -> tuple[Node, Node]:
                 f"{graph.origin}: stage '{node.name}' ({what}) cannot be split over devices",
                 hint="Use one device; known to split: " + ", ".join(sorted(SPLITTABLE)),
             )
-    sources, sinks = graph.using("decode"), graph.using("encode")
+    sources, sinks = graph.using("decode"), [*graph.using("encode"), *graph.using("null")]
     if len(sources) != 1 or len(sinks) != 1:
         raise GraphError(
-            f"{graph.origin} has {len(sources)} decode and {len(sinks)} encode stages, "
-            "one of each can be split over devices",
+            f"{graph.origin} has {len(sources)} decode stages and {len(sinks)} that encode or "
+            "take nothing; one of each can be split over devices",
             hint="Use one device",
         )
     return sources[0], sinks[0]

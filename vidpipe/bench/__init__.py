@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,6 +45,7 @@ PSNR_DB = 50.0
 ENDS = ("null", "host", "file")
 """Where a pipeline can end: on the device, in host memory, in a file."""
 
+_ROUNDS, _SPLIT_ROUNDS = 8, 20  # of the clip that is made: 1,920 and 4,800 frames
 _RING = 8
 _VERIFIED = 4
 _COMPARED_TIMES = 300
@@ -58,6 +60,9 @@ class Options:
         chains: the models of each chain; a chain is one pipeline.
         source: the file to read; a clip is made if None.
         device: where frames and models are.
+        devices: workers that the file is split over, see `vidpipe.segments`; none for one
+            pipeline on `device`.
+        decoders: workers on each of `devices`; None for as many as prove worth it.
         size: width and height of the clip that is made.
         frames: timed frames of each turn; as many as take `seconds` if None.
         seconds: see `frames`.
@@ -69,6 +74,8 @@ class Options:
     chains: tuple[tuple[str, ...], ...]
     source: Path | None = None
     device: Device = CPU
+    devices: tuple[Device, ...] = ()
+    decoders: int | None = 1
     size: tuple[int, int] = (1920, 1080)
     frames: int | None = None
     seconds: float = 0.4
@@ -81,6 +88,11 @@ class Options:
             raise InputError(f"{self.repeats} repeats make no median", hint="Use 3 or more")
         if self.frames is not None and self.frames < 3:
             raise InputError(f"{self.frames} frames cannot be timed", hint="Use 3 or more")
+        if self.devices and self.steady:
+            raise InputError(
+                "the steady state is watched in one pipeline, not over several devices",
+                hint="Leave out --steady, or use one --device",
+            )
         if not self.chains or not all(self.chains):
             raise InputError("no model to measure", hint="Name one with --model")
         if any(n < 64 or n % 2 for n in self.size):
@@ -115,11 +127,11 @@ class Figure:
         """Median frames per second."""
         return median(self.runs)
 
-    def add(self, burst: Burst) -> None:
-        """Take the result of one turn."""
-        self.runs.append(burst.fps)
-        used_s = burst.end.processor_s - burst.begin.processor_s
-        self.cpu_ms.append(1000 * used_s / burst.frames)
+    def add(self, *bursts: Burst) -> None:
+        """Take the result of one turn; of several devices, the sum of their rates."""
+        self.runs.append(sum(burst.fps for burst in bursts))
+        used_s = sum(burst.end.processor_s - burst.begin.processor_s for burst in bursts)
+        self.cpu_ms.append(1000 * used_s / sum(burst.frames for burst in bursts))
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON-compatible values."""
@@ -160,13 +172,14 @@ def bench(
         import_cupy(options.device)
     if options.source is None:
         say("making a clip")
-        source = synthetic_clip(*options.size)
+        source = synthetic_clip(*options.size, rounds=_SPLIT_ROUNDS if options.devices else _ROUNDS)
     else:
         source = options.source
-    chains = [_Chain(options, source, models, say, tracer).measure() for models in options.chains]
+    measured = _measured if not options.devices else _measured_split
+    chains = [measured(options, source, models, say, tracer) for models in options.chains]
     result: dict[str, Any] = {
         "machine": machine_facts(options.device),
-        "device": str(options.device),
+        "device": ",".join(map(str, options.devices)) or str(options.device),
         "clip": str(options.source) if options.source else "synthetic",
         "repeats": options.repeats,
         "profiled": tracer is not None,
@@ -176,7 +189,27 @@ def bench(
     return result
 
 
-class _Chain:
+def _measured(options: Options, *others: Any) -> dict[str, Any]:
+    """Measure one chain, in one pipeline."""
+    return Chain(options, *others).measure()
+
+
+def _measured_split(
+    options: Options, source: Path, models: tuple[str, ...], *others: Any
+) -> dict[str, Any]:
+    """Measure one chain on several workers, or in one pipeline where one is what pays."""
+    from vidpipe.bench.split import SplitChain, workers_for
+
+    workers, notes = workers_for(options, source, models)
+    if len(workers) > 1:
+        result = SplitChain(options, workers, source, models, *others).measure()
+    else:
+        result = _measured(replace(options, device=workers[0]), source, models, *others)
+    result["notes"] = [*notes, *result["notes"]]
+    return result
+
+
+class Chain:
     """The measurements of one chain of models."""
 
     def __init__(
@@ -321,7 +354,7 @@ class _Chain:
                 run = _network_run(network, eager)
             else:
                 run = _rig_run(self._rigs[base], eager)
-            figure.frames = self._options.frames or _frames_for(run, self._options.seconds)
+            figure.frames = self._options.frames or frames_for(run, self._options.seconds)
             turns[name] = _with_frames(run, figure.frames)
         return turns
 
@@ -345,23 +378,12 @@ class _Chain:
         got = rig.keep(_VERIFIED)
         expected = list(self._reference(_VERIFIED))
         what = f"'{'+'.join(self._models)}' on {self._device}"
-        _same_times(_times(got), _times(expected), what)
-        least: float | None = None
-        for one, two in zip(got, expected, strict=True):
-            for number, (a, b) in enumerate(zip(components(one), components(two), strict=True)):
-                value = psnr(a, b, one.spec.format.bits)
-                if value is not None and value < PSNR_DB:
-                    raise VerificationError(
-                        f"{what}: component {number} of the frame at {one.time_s:.3f} s has "
-                        f"{value:.2f} dB against the CPU path, expected over {PSNR_DB:g} dB",
-                        hint="No speed is given of a wrong picture",
-                    )
-                if value is not None:
-                    least = value if least is None else min(least, value)
+        same_times(times_of(got), times_of(expected), what)
+        least = least_psnr(got, expected, what)
         compared = len(got)
         if self._device != CPU:
             times = self._decoded_times(str(self._device))
-            _same_times(times, self._decoded_times("cpu"), f"the decoder on {self._device}")
+            same_times(times, self._decoded_times("cpu"), f"the decoder on {self._device}")
             compared = len(times)
         return {
             "frames": len(got),
@@ -389,12 +411,12 @@ class _Chain:
             for actor in (decode, *stages):
                 actor.close()
 
-    def _decoded_times(self, device: str) -> list[Any]:
+    def _decoded_times(self, device: str) -> list[Fraction]:
         decode = Decode(path=str(self._path), device=device)
         try:
             decode.plan()
             decode.open()
-            return _times(itertools.islice(decode.frames(), _COMPARED_TIMES))
+            return times_of(itertools.islice(decode.frames(), _COMPARED_TIMES))
         finally:
             decode.close()
 
@@ -455,10 +477,11 @@ class _Chain:
         problems = sorted({p for report in reports.values() for p in report.problems})
         return {
             "models": list(self._models),
-            "input": _spec_facts(self._rigs["decode"].pipeline.specs["source"]),
-            "output": _spec_facts(self._result_spec),
+            "workers": [str(self._device)],
+            "input": spec_facts(self._rigs["decode"].pipeline.specs["source"]),
+            "output": spec_facts(self._result_spec),
             "verified": verified,
-            "figures": [figure.to_dict() for figure in sorted(figures.values(), key=_order)],
+            "figures": [figure.to_dict() for figure in sorted(figures.values(), key=order_of)],
             "steady": steady,
             "nvidia_smi": clocks,
             "notes": notes,
@@ -493,7 +516,7 @@ class _Chain:
         }
 
 
-def _order(figure: Figure) -> int:
+def order_of(figure: Figure) -> int:
     """Sort by kind; pipelines by their ends, the rest as it was measured."""
     ends = [f"pipeline to {end}" for end in ("null", "the host", "a file")]
     if figure.kind == "pipeline":
@@ -501,7 +524,7 @@ def _order(figure: Figure) -> int:
     return ("stage", "reference").index(figure.kind)
 
 
-def _frames_for(run: Callable[[int], Burst], seconds: float) -> int:
+def frames_for(run: Callable[[int], Burst], seconds: float) -> int:
     """Run ever longer bursts; return how many frames take so many seconds, at least 3."""
     count = 2
     while True:
@@ -552,11 +575,17 @@ def _without_graphs(stage: Stage) -> Iterator[None]:
         session._options = replayed
 
 
-def _times(frames: Any) -> list[Any]:
+def times_of(frames: Iterable[Frame]) -> list[Fraction]:
+    """Return the frames' times in seconds."""
     return [frame.pts * frame.spec.time_base for frame in frames]
 
 
-def _same_times(got: list[Any], expected: list[Any], what: str) -> None:
+def same_times(got: list[Fraction], expected: list[Fraction], what: str) -> None:
+    """See that as many frames came as expected, at the same times.
+
+    Raises:
+        VerificationError: they did not.
+    """
     if len(got) != len(expected):
         raise VerificationError(f"{what}: {len(got)} frames came, expected {len(expected)}")
     for one, two in zip(got, expected, strict=True):
@@ -564,6 +593,31 @@ def _same_times(got: list[Any], expected: list[Any], what: str) -> None:
             raise VerificationError(
                 f"{what}: a frame is at {float(one):.6f} s, expected {float(two):.6f} s"
             )
+
+
+def least_psnr(got: Iterable[Frame], expected: Iterable[Frame], what: str) -> float | None:
+    """Return the least PSNR of any component in dB, None where all are equal.
+
+    Args:
+        got, expected: as many frames, in host memory.
+        what: whose they are, for the message.
+
+    Raises:
+        VerificationError: it is under `PSNR_DB`.
+    """
+    least: float | None = None
+    for one, two in zip(got, expected, strict=True):
+        for number, (a, b) in enumerate(zip(components(one), components(two), strict=True)):
+            value = psnr(a, b, one.spec.format.bits)
+            if value is not None and value < PSNR_DB:
+                raise VerificationError(
+                    f"{what}: component {number} of the frame at {one.time_s:.3f} s has "
+                    f"{value:.2f} dB against the CPU path, expected over {PSNR_DB:g} dB",
+                    hint="No speed is given of a wrong picture",
+                )
+            if value is not None:
+                least = value if least is None else min(least, value)
+    return least
 
 
 def components(frame: Frame) -> list[Array]:
@@ -591,5 +645,6 @@ def psnr(one: Array, two: Array, bits: int) -> float | None:
     return None if error == 0 else float(10 * np.log10(((1 << bits) - 1) ** 2 / error))
 
 
-def _spec_facts(spec: FrameSpec) -> dict[str, Any]:
+def spec_facts(spec: FrameSpec) -> dict[str, Any]:
+    """Return what a result says of a spec."""
     return {"width": spec.width, "height": spec.height, "format": str(spec.format)}

@@ -26,7 +26,8 @@ from vidpipe.pipeline import Pipeline, Report, StartGate
 from vidpipe.stage import Null, Sink, Source, Stage
 from vidpipe.trace import Tracer, current
 
-_LEAD_IN = 32
+LEAD_IN = 32
+"""Frames before the timed ones, at most."""
 
 
 def step_of(spec: FrameSpec) -> int:
@@ -199,33 +200,63 @@ class Burst:
         return self.frames / self.wall_s if self.wall_s > 0 else float("inf")
 
 
-class _Meter(Sink):
-    """Another sink, with a clock on it."""
+class Around(Sink):
+    """Another sink, with something done beside it; subclasses say what, in `write`."""
 
     def __init__(self, inner: Sink) -> None:
         self._inner = inner
         self.policy = inner.policy
         self.capacity = inner.capacity
         self.device = CPU
+
+    def attach(self, source: Source) -> None:
+        """Let the sink know its source."""
+        self._inner.attach(source)
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Take frames where the sink does."""
+        return self._inner.device_for(spec)
+
+    def plan(self, spec: FrameSpec) -> None:
+        """Plan the sink."""
+        self.device = spec.device
+        self._inner.plan(spec)
+        self.holds = self._inner.holds
+
+    def open(self) -> None:
+        """Open the sink."""
+        if self.device != CPU:
+            import_cupy(self.device)
+        self._inner.open()
+
+    def write(self, frame: Frame) -> None:
+        """Let the sink take one frame."""
+        self._inner.write(frame)
+
+    def finish(self) -> None:
+        """Complete the sink."""
+        self._inner.finish()
+
+    def close(self) -> None:
+        """Close the sink."""
+        self._inner.close()
+
+    def report(self) -> dict[str, Any]:
+        """Return the sink's report."""
+        return self._inner.report()
+
+
+class _Meter(Around):
+    """Another sink, with a clock on it."""
+
+    def __init__(self, inner: Sink) -> None:
+        super().__init__(inner)
         self.keep: list[Frame] = []
         self.keeping = 0
         self.done = threading.Event()
         self.detailed = False
         self._seen = self._lead = self._goal = 0
         self.begin = self.end = Moment(0.0, 0.0)
-
-    def device_for(self, spec: FrameSpec) -> Device:
-        return self._inner.device_for(spec)
-
-    def plan(self, spec: FrameSpec) -> None:
-        self.device = spec.device
-        self._inner.plan(spec)
-        self.holds = self._inner.holds
-
-    def open(self) -> None:
-        if self.device != CPU:
-            import_cupy(self.device)
-        self._inner.open()
 
     def expect(self, lead: int, goal: int, detailed: bool) -> None:
         self._seen, self._lead, self._goal = 0, lead, goal
@@ -261,15 +292,6 @@ class _Meter(Sink):
                 "pinned_free_blocks": cupy.get_default_pinned_memory_pool().n_free_blocks(),
             }
         return {"threads": thread_times(), "pool": pool, "waits": dict(host_waits.by_thread)}
-
-    def finish(self) -> None:
-        self._inner.finish()
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def report(self) -> dict[str, Any]:
-        return self._inner.report()
 
 
 def copied(frame: Frame) -> Frame:
@@ -348,7 +370,7 @@ class Rig:
         Raises:
             VidpipeError: a stage failed.
         """
-        lead = min(_LEAD_IN, max(1, frames // 3))
+        lead = min(LEAD_IN, max(1, frames // 3))
         self._meter.expect(lead, lead + frames, detailed)
         self._source.give(lead + frames)
         while not self._meter.done.wait(0.1):

@@ -40,7 +40,13 @@ def bench(
             "[default: nano-2x on a CPU, fast-2x on a GPU]"
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            help="cpu, cuda or cuda:N; cuda:all or a list such as cuda:0,cuda:0 measures a file "
+            "split over several GPUs, or decoders of one."
+        ),
+    ] = "cpu",
     size: Annotated[
         str | None,
         typer.Option(metavar="WxH", help="Size of the clip that is made. [default: 1920x1080]"),
@@ -58,7 +64,7 @@ def bench(
         int | None,
         typer.Option(
             help="Frames over which memory and host time are watched. "
-            "[default: 1000 on a GPU, 0 on a CPU]"
+            "[default: 1000 on one GPU, else 0]"
         ),
     ] = None,
     plot: Annotated[
@@ -73,9 +79,11 @@ def bench(
     from vidpipe.bench import ENDS, Options
     from vidpipe.bench import bench as measure
     from vidpipe.bench.chart import check_chart, draw
+    from vidpipe.segments import devices_of
     from vidpipe.trace import Tracer
 
-    where = Device.parse(device)
+    several = devices_of(device)
+    where = several[0] if several else Device.parse(device)
     names = model or ["nano-2x" if where == CPU else "fast-2x"]
     if source is not None and size is not None:
         raise InputError("--size is for the clip that is made", hint="Leave out IN or --size")
@@ -83,11 +91,13 @@ def bench(
         chains=tuple(_chain(name) for name in names),
         source=source,
         device=where,
+        devices=tuple(several),
+        decoders=None if device == "cuda:all" else 1,
         size=_size(size or "1920x1080"),
         frames=frames,
         repeats=repeats,
         ends=tuple(end.value for end in to) if to else ENDS,
-        steady=(0 if where == CPU else _DEFAULT_STEADY) if steady is None else steady,
+        steady=(0 if where == CPU or several else _DEFAULT_STEADY) if steady is None else steady,
     )
     if plot is not None:
         check_chart(plot)
@@ -147,6 +157,7 @@ def _print_chain(chain: dict[str, Any]) -> None:
     _line(
         f"{' + '.join(chain['models'])}: {one['width']}x{one['height']} {one['format']} to "
         f"{two['width']}x{two['height']}"
+        + (f", split over {', '.join(chain['workers'])}" if len(chain["workers"]) > 1 else "")
     )
     same = "identical" if verified["identical"] else f"at least {verified['psnr_db']:.1f} dB"
     _line(f"  {verified['frames']} frames against the CPU path: {same}")

@@ -94,6 +94,11 @@ class Decode(Source):
         """Whether only an excerpt is read."""
         return self.start_s > 0 or self.duration_s is not None
 
+    @property
+    def in_hardware(self) -> bool:
+        """Whether the GPU decodes the file, as far as is known after `plan`."""
+        return self.device != CPU and not self._why_software
+
     def window(self) -> tuple[Fraction, Fraction | None]:
         """Return (start, end) of the excerpt in the file's own time, in seconds."""
         assert self.info is not None
@@ -212,10 +217,9 @@ class Decode(Source):
         clock = _Clock(self.counts, time_base, self.info.video.rate)
         for frame in self._read(time_base, start):
             pts = clock.next(frame.pts if frame.pts != _NO_PTS else None, frame.duration)
-            time = pts * time_base
-            if start is not None and time < start:
+            if start is not None and pts * time_base < start:
                 continue
-            if end is not None and time >= end:
+            if end is not None and pts * time_base >= end:
                 break
             if self._stop.is_set():
                 self.counts.stopped = True
@@ -228,11 +232,10 @@ class Decode(Source):
 
     def _read(self, time_base: Fraction, start: Fraction | None) -> Iterator[Frame]:
         """Yield every frame from `start` seconds on, or from a key frame before it."""
-        hardware = self.device != CPU and not self._why_software
         given = 0
         last: int | None = None
         try:
-            for frame in self._read_by(hardware, time_base, start):
+            for frame in self._read_by(self.in_hardware, time_base, start):
                 given += 1
                 last = frame.pts
                 yield frame
@@ -354,7 +357,7 @@ class Decode(Source):
         }
 
     def _decoder(self) -> str:
-        return "cpu" if self.device == CPU or self._why_software else f"NVDEC of {self.device}"
+        return f"NVDEC of {self.device}" if self.in_hardware else "cpu"
 
     def _notes(self, lost_s: float, damaged: bool) -> list[str]:
         """Return what the user should know of the input, a line each."""
@@ -417,23 +420,29 @@ class _Counts:
         self.complete = False
         self.stopped = False
         self._spec: FrameSpec | None = None
+        self._tick = (1, 1)  # seconds as a ratio: fractions take too long for every frame
+        self._step_s: float | None = None  # of a constant rate
 
     def add(self, frame: Frame) -> None:
-        if self._spec is not None and frame.spec is not self._spec and frame.spec != self._spec:
-            self.changes.append(
-                {"time_s": frame.time_s, "from": str(self._spec), "to": str(frame.spec)}
-            )
-        self._spec = frame.spec
+        if frame.spec is not self._spec:
+            self._take_spec(frame)
+        number, of = self._tick
         self.frames += 1
-        if frame.spec.rate is not None and self.last_pts is not None:
-            step_s = float(1 / frame.spec.rate)
-            gap_s = float((frame.pts - self.last_pts) * frame.spec.time_base) - step_s
-            self.gaps_s += gap_s if gap_s > 0.5 * step_s else 0.0
+        if self._step_s is not None and self.last_pts is not None:
+            gap_s = (frame.pts - self.last_pts) * number / of - self._step_s
+            self.gaps_s += gap_s if gap_s > 0.5 * self._step_s else 0.0
         if self.first_pts is None:
             self.first_pts = frame.pts
         self.last_pts = frame.pts
-        ticks = frame.pts - self.first_pts + (frame.duration or 0)
-        self.duration_s = float(ticks * frame.spec.time_base)
+        self.duration_s = (frame.pts - self.first_pts + (frame.duration or 0)) * number / of
+
+    def _take_spec(self, frame: Frame) -> None:
+        spec = frame.spec
+        if self._spec is not None and spec != self._spec:
+            self.changes.append({"time_s": frame.time_s, "from": str(self._spec), "to": str(spec)})
+        self._spec = spec
+        self._tick = spec.time_base.as_integer_ratio()
+        self._step_s = None if spec.rate is None else float(1 / spec.rate)
 
 
 class _Clock:
@@ -448,6 +457,7 @@ class _Clock:
         self._counts = counts
         self._time_base = time_base
         self._step = max(1, round(1 / ((rate or 25) * time_base)))
+        self._second = int(1 / time_base)  # in whole ticks
         self._last: int | None = None
         self._end = 0
         self._offset = 0
@@ -459,7 +469,7 @@ class _Clock:
             pts = 0 if self._last is None else self._end
         else:
             pts += self._offset
-            if self._last is not None and (self._last - pts) * self._time_base > 1:
+            if self._last is not None and self._last - pts > self._second:
                 self._offset += self._end - pts
                 self._counts.jumps.append(self._offset * self._time_base)
                 pts = self._end

@@ -16,13 +16,14 @@ from typing import Any
 import av.error
 import av.packet
 
-from vidpipe.device import CPU
+from vidpipe.device import CPU, Device
 from vidpipe.errors import OutputError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.media import nvenc
 from vidpipe.media.encode import Encode
 from vidpipe.media.ranges import Schedule
 from vidpipe.media.writer import Writer
+from vidpipe.stage import Sink
 
 _REORDERED = 32  # more than any encoder reorders
 
@@ -245,6 +246,54 @@ class PartEncode(Encode):
                 writer.close()
         if not self._finished:
             self.schedule.abort()
+
+
+class PartSink(Sink):
+    """Lets a sink that keeps nothing take the parts that a worker reads.
+
+    Args:
+        inner: the sink.
+        schedule: is told when a part is complete; shared with the other workers.
+    """
+
+    def __init__(self, inner: Sink, schedule: Schedule) -> None:
+        self._inner = inner
+        self._schedule = schedule
+        self._finished = False
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        """Take frames where the sink does."""
+        return self._inner.device_for(spec)
+
+    def plan(self, spec: FrameSpec) -> None:
+        """Plan the sink."""
+        self._inner.plan(spec)
+
+    def open(self) -> None:
+        """Open the sink."""
+        self._inner.open()
+
+    def write(self, frame: Frame) -> None:
+        """Let the sink take one frame."""
+        self._inner.write(frame)
+        segment = self._schedule.at(frame.pts)
+        if frame.pts == segment.last_pts:
+            self._schedule.put(segment, [], ())
+
+    def finish(self) -> None:
+        """Note that all parts are complete."""
+        self._inner.finish()
+        self._finished = True
+
+    def close(self) -> None:
+        """Close the sink; unless all parts are complete, nobody waits for more."""
+        self._inner.close()
+        if not self._finished:
+            self._schedule.abort()
+
+    def report(self) -> dict[str, Any]:
+        """Return the sink's report."""
+        return self._inner.report()
 
 
 class JoinEncode(Encode):

@@ -66,6 +66,8 @@ class Surfaces:
         self._spec = spec
         self._stream = new_stream(spec.device)
         self._legacy = cupy.cuda.Stream.null
+        # Of one thread, and recorded again for each picture: a wait is for what it was then.
+        self._decoded = cupy.cuda.Event(disable_timing=True)
         shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
         self.ring = Ring(shapes, depth, spec.device)
 
@@ -78,7 +80,7 @@ class Surfaces:
         """
         runtime, stream = self._runtime, self._stream
         slot, planes = self.ring.lease()
-        stream.wait_event(self._legacy.record())
+        stream.wait_event(self._legacy.record(self._decoded))
         slot.write_by(stream)
         plane: Any
         for plane, target in zip(picture.planes, planes, strict=True):
@@ -119,6 +121,7 @@ class Outlet:
         self._depth = depth
         self._surfaces: Surfaces | None = None
         self._mover: Mover | None = None
+        self._given: FrameSpec | None = None  # of the last frame that came; mostly the same object
         self._make(spec, hardware)
 
     def _make(self, spec: FrameSpec, hardware: bool) -> None:
@@ -131,16 +134,20 @@ class Outlet:
 
     def from_surface(self, picture: av.VideoFrame, frame: Frame) -> Frame:
         """Return the frame with the planes of a surface; `frame` has everything else."""
-        if self._surfaces is None or frame.spec != self.spec:
-            self._make(frame.spec, True)
+        if self._surfaces is None or frame.spec is not self._given:
+            if self._surfaces is None or frame.spec != self.spec:
+                self._make(frame.spec, True)
+            self._given = frame.spec
         assert self._surfaces is not None
         return self._surfaces.frame(picture, frame)
 
     def from_host(self, frame: Frame) -> Frame:
         """Return the frame uploaded."""
-        spec = replace(frame.spec, device=self.spec.device)
-        if self._mover is None or spec != self.spec:
-            self._make(spec, False)
+        if self._mover is None or frame.spec is not self._given:
+            spec = replace(frame.spec, device=self.spec.device)
+            if self._mover is None or spec != self.spec:
+                self._make(spec, False)
+            self._given = frame.spec
         assert self._mover is not None
         return self._mover.move(frame)
 

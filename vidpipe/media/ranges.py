@@ -21,7 +21,6 @@ import av.container
 import av.error
 import av.video.stream
 
-from vidpipe.device import CPU
 from vidpipe.frame import Frame
 from vidpipe.link import LinkClosed
 from vidpipe.media.decode import (
@@ -220,6 +219,7 @@ class Schedule:
         self._segments = segments
         self._ahead = ahead
         self._changed = threading.Condition()
+        self._cutting = threading.Lock()  # held by the worker that waits for its next part
         self._starts: list[int] = []
         self._queues: list[deque[tuple[list[Any], Any]]] = []
         self._joined = 0
@@ -232,15 +232,25 @@ class Schedule:
         Raises:
             LinkClosed: the run was aborted.
         """
+        with self._cutting:
+            with self._changed:
+                self._changed.wait_for(self._may_take)
+                segments = iter(()) if self._ended else self._segments
+            # This reads on in the file; those who ask where a frame belongs do not wait for it.
+            segment = next(segments, None)
+            return self._took(segment)
+
+    def _may_take(self) -> bool:
+        ended = self._aborted or self._ended
+        return ended or len(self.taken) < self._joined + self._ahead
+
+    def _took(self, segment: Segment | None) -> Segment | None:
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._aborted or self._ended or len(self.taken) < self._joined + self._ahead
-            )
             if self._aborted:
                 raise LinkClosed
-            segment = None if self._ended else next(self._segments, None)
-            if segment is None:
+            if segment is None or self._ended:
                 self._ended = True
+                segment = None
             else:
                 self.taken.append(segment)
                 self._starts.append(_NO_PTS if segment.start is None else segment.start)
@@ -301,6 +311,7 @@ class Schedule:
         """Wake everybody who waits, to give up."""
         with self._changed:
             self._aborted = True
+            self._segments = iter(())
             self._changed.notify_all()
 
 
@@ -344,7 +355,7 @@ class RangeDecode(Decode):
             MediaError: the file cannot be opened any more, or its picture cannot be carried.
         """
         try:
-            yield from self._parts(self.device != CPU and not self._why_software)
+            yield from self._parts(self.in_hardware)
         except _NotInHardware as error:
             # The CPU reads the part again, and passes over what was given already.
             self._why_software = str(error)

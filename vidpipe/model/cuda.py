@@ -317,7 +317,7 @@ def copy_plane(cupy: Any, source: Array, target: Array, stream: Any) -> None:
     """Queue a copy of a plane, of any row pitch, into a contiguous one."""
     runtime = cupy.cuda.runtime
     row = target.strides[0]
-    if source.ndim == 0 or not source[0].flags.c_contiguous:
+    if source.ndim == 0 or source.strides[1:] != target.strides[1:]:
         with stream:
             target[...] = source
         return

@@ -23,6 +23,7 @@ PRECISIONS = ("auto", "fp32", "fp16", "int8", "fp8", "fp4")
 
 _NARROW = {"fp8": "FLOAT8", "fp4": "FLOAT4"}
 _NARROW_PROVIDER = "rtx"
+_NO_INT8 = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,13 @@ def variant(model: Descriptor, precision: str, *, on_cpu: bool, provider: str = 
     check_precision(precision)
     if precision in _NARROW:
         return _narrow(model, precision, provider)
+    if provider == _NO_INT8 and (
+        precision == "int8" or (model.precision, precision) == ("int8", "auto")
+    ):
+        raise SpecError(
+            "CUDA runs no convolutions in int8",
+            hint="Leave out the precision, with a float32 file: float16 is faster there",
+        )
     if model.precision == "int8" and precision in ("auto", "int8"):
         return Variant(model, not on_cpu, "int8")
     if model.precision == "int8":

@@ -4,13 +4,17 @@ A source draws its frame number and the time of capture into the picture as blac
 cells. The sink reads both back after the model, checks the number, and takes the latency from
 the time: what is measured went through everything that a picture goes through.
 
-VIDPIPE_LIVE_S is how long each part runs, 10 s by default: 600 for ten minutes. Single parts:
+VIDPIPE_LIVE_S is how long each part runs, 10 s by default. Parts by themselves, with --model,
+--precision and --device:
 
+    python -m benchmarks.live --play 600                     latency, drops, overload
     python -m benchmarks.live --soak 1800 --chart soak.svg   memory, threads, descriptors
     python -m benchmarks.live --outage 10                    a source that goes away and is back
-    python -m benchmarks.live --toggle 30                    controls changed while it runs
+    python -m benchmarks.live --toggle 60                    controls changed while it runs
     python -m benchmarks.live --shares 5                     processor time beside the model's
     python -m benchmarks.live --gpu 20 --model fast-2x       latency of 1080p60 through a GPU
+
+Each prints JSON. `verdicts` holds every figure that has a limit, the limit, and whether it is kept.
 """
 
 from __future__ import annotations
@@ -36,17 +40,27 @@ import av
 import numpy as np
 import psutil
 
+from benchmarks._growth import Growth, at_most
 from vidpipe.clock import MonotonicClock
 from vidpipe.device import CPU, Device, import_cupy
 from vidpipe.errors import VidpipeError
 from vidpipe.frame import Frame, FrameSpec, pixel_format
 from vidpipe.graph import Graph
 from vidpipe.live.capture import Frames
+from vidpipe.live.enhance import PLAIN
 from vidpipe.live.meter import percentile
 from vidpipe.live.outputs import Callback
 from vidpipe.live.page import on_host
 from vidpipe.live.session import Live
 from vidpipe.pipeline import Pipeline
+
+Models = dict[str, Any]
+"""Options that the enhance stages of all parts get: `device` and `precision`."""
+
+LATENCY_MS = 100.0
+LATENCY_GPU_MS = 12.0
+RECOVERY_S = 2.0
+LATE_FRAME_TIMES = 2.0
 
 WIDTH, HEIGHT = 640, 360
 CELL = 16  # pixels; survives a network that sharpens or smooths
@@ -117,13 +131,16 @@ class Drawn:
             yield Frame(planes, self.spec, round(number * 90000 / self.rate), captured_s=now_s)
 
 
-def play(rate: int, seconds: float, budget_s: float, **options: Any) -> dict[str, Any]:
+def play(
+    rate: int, seconds: float, budget_s: float, *, all_frames: bool = False, **options: Any
+) -> dict[str, Any]:
     """Run the filter and return what the pictures say.
 
     Args:
         rate: of the source, frames per second.
         seconds: how long.
         budget_s: latency budget.
+        all_frames: none may be dropped.
         options: of the enhance stage.
     """
     source = Drawn(rate, seconds)
@@ -142,34 +159,34 @@ def play(rate: int, seconds: float, budget_s: float, **options: Any) -> dict[str
     live = Live(graph)
     live.start()
     stage = live.filters["enhance"]
-    while stage.governor is None:
-        time.sleep(0.05)
-    process = psutil.Process()
+    until_warm(live)
+    grown = Growth()
     source.go.set()
-    memory, threads, files = [], [], []
     while not live.wait(0.5):
-        memory.append(process.memory_info().rss)
-        threads.append(process.num_threads())
-        files.append(process.num_fds() if hasattr(process, "num_fds") else 0)
+        grown.note()
     live.pipeline.report()
     if list(numbers) != sorted(set(numbers)) or not numbers:
         raise RuntimeError("frames came out of order, twice or not at all")
     counted = sum(s.dropped for s in live.pipeline.progress())
     if len(numbers) + counted != source.count:
         raise RuntimeError(f"{len(numbers)} out and {counted} dropped are not {source.count}")
-    settled = len(memory) // 3
+    p99_ms = 1000 * percentile(latencies, 99)
+    verdicts = {"latency_p99_ms": at_most(p99_ms, min(LATENCY_MS, 1000 * budget_s))}
+    if all_frames:
+        verdicts["drops"] = at_most(counted, 0)
     return {
         "frames": len(numbers),
         "drops": counted,
         "latency_p50_ms": 1000 * statistics.median(latencies),
-        "latency_p99_ms": 1000 * percentile(latencies, 99),
+        "latency_p99_ms": p99_ms,
         "latency_max_ms": 1000 * max(latencies),
         "tier_at_the_end": stage.tier,
+        "ran_on": stage.provider(),
+        "models": stage.report()["models"],
         "tier_changes": stage.report()["steps"],
         "source_late_max_ms": 1000 * source.late_s,
-        "memory_growth_mib": (memory[-1] - memory[settled]) / 2**20 if memory else 0.0,
-        "thread_growth": threads[-1] - threads[settled] if threads else 0,
-        "descriptor_growth": files[-1] - files[settled] if files else 0,
+        **grown.figures(),
+        "verdicts": verdicts | grown.verdicts(),
     }
 
 
@@ -177,38 +194,51 @@ class Controller:
     """Changes controls one after the other while a filter runs, and notes when frames come out.
 
     Args:
-        model: the tier to change from and to.
+        tiers: the models to change between; there is plain scaling, too.
         every_s: a change comes every so often.
     """
 
-    def __init__(self, model: str, every_s: float = 0.5) -> None:
+    def __init__(self, tiers: Sequence[str], every_s: float = 0.5) -> None:
         self.changes: list[dict[str, Any]] = [
-            {"enabled": False}, {"enabled": True}, {"tier": "scale"}, {"tier": model},
-            {"wipe": 0.5}, {"wipe": None}, {"strength": 0.5}, {"strength": 1.0},
-            {"frozen": True}, {"frozen": False},
+            {"enabled": False}, {"enabled": True}, {"tier": "scale"}, {"tier": tiers[-1]},
+            {"tier": tiers[0]}, {"wipe": 0.5}, {"wipe": None}, {"strength": 0.5},
+            {"strength": 1.0}, {"frozen": True}, {"frozen": False},
         ]  # fmt: skip
         self.every_s = every_s
         self.done = 0
+        self.times: list[tuple[float, dict[str, Any]]] = []
 
     def run(self, live: Live, ended: threading.Event) -> None:
         """Go on until told to stop."""
         while not ended.wait(self.every_s):
-            live.control(self.changes[self.done % len(self.changes)])
+            change = self.changes[self.done % len(self.changes)]
+            self.times.append((live.clock.now_s(), change))
+            live.control(change)
             self.done += 1
 
+    def before(self, time_s: float) -> str:
+        """Return the last change before a time of the filter's clock."""
+        return str(next((c for at_s, c in reversed(self.times) if at_s <= time_s), None))
 
-def toggle(model: str, seconds: float, rate: int = 30) -> dict[str, Any]:
-    """Return the worst gaps between frames in frame times, without and with changes of controls."""
+
+def toggle(model: str, seconds: float, models: Models, rate: int = 30) -> dict[str, Any]:
+    """Return the worst gaps between frames in frame times, without and with changes of controls.
+
+    A second model is among the tiers, so that changes go from one session to another, too.
+    """
     figures: dict[str, Any] = {}
+    tiers = [model, "clean-2x-nano" if model == "nano-2x" else "nano-2x"]
     for name in ("undisturbed", "changed"):
         source, arrivals = Drawn(rate, seconds), list[tuple[float, float]]()
         clock = source.clock
         graph = Graph().add("in", Frames(source.spec, source))
-        graph.add("enhance", "enhance", "in", latency_budget_s=1.0, tiers=[model], tier=model)
+        graph.add(
+            "enhance", "enhance", "in", latency_budget_s=1.0, tiers=tiers, tier=model, **models
+        )
         # What is late is the way through the filter; the source's own lateness is not its doing.
         take = Callback(lambda f, a=arrivals, c=clock: a.append((f.captured_s, c.now_s())))  # type: ignore[misc]
         graph.add("out", take, "enhance")
-        live, ended, controller = Live(graph), threading.Event(), Controller(model)
+        live, ended, controller = Live(graph), threading.Event(), Controller(tiers)
         live.start()
         until_warm(live)
         source.go.set()
@@ -221,11 +251,14 @@ def toggle(model: str, seconds: float, rate: int = 30) -> dict[str, Any]:
         if thread.is_alive():
             thread.join()
         gaps = [(b[1] - a[1]) * rate for a, b in itertools.pairwise(arrivals)]
+        worst = max(range(len(gaps)), key=gaps.__getitem__)
         late = [(done - captured) * rate for captured, done in arrivals]
         figures |= {
             f"{name}.frames": len(arrivals),
             f"{name}.changes": controller.done,
-            f"{name}.worst_gap_in_frame_times": max(gaps),
+            f"{name}.drops": source.count - len(arrivals),
+            f"{name}.worst_gap_in_frame_times": gaps[worst],
+            f"{name}.worst_gap_after": controller.before(arrivals[worst + 1][1]),
             f"{name}.p99_gap_in_frame_times": percentile(gaps, 99),
             f"{name}.worst_latency_in_frame_times": max(late),
             f"{name}.source_late_max_in_frame_times": source.late_s * rate,
@@ -233,6 +266,12 @@ def toggle(model: str, seconds: float, rate: int = 30) -> dict[str, Any]:
                 (b[0] - a[0]) * rate for a, b in itertools.pairwise(arrivals)
             ),
         }
+    figures["verdicts"] = {
+        f"changed.{key}_in_frame_times": at_most(
+            figures[f"changed.{key}_in_frame_times"], LATE_FRAME_TIMES
+        )
+        for key in ("worst_gap", "worst_latency")
+    }
     return figures
 
 
@@ -249,6 +288,7 @@ def send(url: str) -> None:
         url: udp://HOST:PORT, or tcp://HOST:PORT?listen to serve who connects.
     """
     options = {"flush_packets": "1", "omit_video_pes_length": "0"}
+    print("back", flush=True)
     with av.open(url, "w", format="mpegts", container_options=options) as out:
         stream: Any = out.add_stream("libx264", rate=30)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
@@ -264,13 +304,15 @@ def send(url: str) -> None:
             picture.pts = number
             for packet in stream.encode(picture):
                 out.mux_one(packet)
-            if number == 0:
-                print("sending", flush=True)
 
 
-def outage(seconds: float) -> dict[str, Any]:
-    """Return how soon a source is back after it was gone, for UDP and for a TCP server."""
-    figures: dict[str, Any] = {"outage_s": seconds}
+def outage(model: str, seconds: float, models: Models) -> dict[str, Any]:
+    """Return how soon a source is shown again, for UDP and for a TCP server.
+
+    It is away for some seconds. It is back when it sends, or listens for who connects.
+    """
+    figures: dict[str, Any] = {"outage_s": seconds, "verdicts": {}}
+    scale = 1 if model == PLAIN else 2
     for scheme in ("udp", "tcp"):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -282,7 +324,7 @@ def outage(seconds: float) -> dict[str, Any]:
 
         def take(frame: Frame, fresh: list[tuple[float, float]] = fresh) -> None:
             now_s = time.perf_counter()
-            drawn_s = read(frame.planes[0], 1, 1) / 1000
+            drawn_s = read(frame.planes[0], 1, scale) / 1000
             if not fresh or drawn_s > fresh[-1][0]:
                 fresh.append((drawn_s, now_s))
 
@@ -290,33 +332,37 @@ def outage(seconds: float) -> dict[str, Any]:
         live = None
         while live is None:
             graph = Graph().add("in", "capture", address=address)
-            graph.add("enhance", "enhance", "in", tiers=[])
+            options = {"tiers": [model], "tier": model, "latency_budget_s": 1.0, **models}
+            graph.add("enhance", "enhance", "in", **options)
             graph.add("out", Callback(take), "enhance")
             try:
                 live = Live(graph)
                 live.start()
             except VidpipeError:  # not there yet
                 live = None
-        live.wait(2)
+        wait_for(lambda fresh=fresh: len(fresh) > 60, live)  # type: ignore[misc]
         process.kill()
         process.wait()
         gone_s = time.perf_counter()
         live.wait(seconds)
         repeated = live.sources["in"].repeated
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        back_s = time.perf_counter()
         wait_for(lambda gone_s=gone_s, fresh=fresh: fresh[-1][0] > gone_s, live)  # type: ignore[misc]
         first = next(f for f in fresh if f[0] > gone_s)
         live.wait(2)
-        sent = next(f for f in fresh if f[0] > gone_s)
-        begun_s = sent[0]
-        steady = [b - a for a, b in fresh if a > begun_s + 1]
+        recovered_s = first[1] - back_s
+        figures["verdicts"][f"{scheme}.recovered_after_s"] = at_most(recovered_s, RECOVERY_S)
+        steady = [b - a for a, b in fresh if a > first[0] + 1]
         process.kill()
         process.wait()
         events = [e["state"] for e in live.events() if e["event"] == "source"]
         live.stop()
         figures |= {
             f"{scheme}.shown_again_meanwhile": repeated,
-            f"{scheme}.recovered_after_s": first[1] - begun_s,
+            f"{scheme}.recovered_after_s": recovered_s,
             f"{scheme}.events": " ".join(events),
             f"{scheme}.latency_p50_ms": 1000 * statistics.median(steady),
             f"{scheme}.latency_p99_ms": 1000 * percentile(steady, 99),
@@ -333,7 +379,7 @@ def wait_for(condition: Callable[[], bool], live: Live, patience_s: float = 30.0
             raise RuntimeError(f"it did not happen: {live.state()}")
 
 
-def shares(clip: Path, model: str, seconds: float) -> dict[str, Any]:
+def shares(clip: Path, model: str, seconds: float, models: Models) -> dict[str, Any]:
     """Return the processor time of each part, per frame, and as a part of a frame's time."""
     frames = {"use": "stream", "url": "udp://127.0.0.1:9", "audio": True}
     parts: dict[str, tuple[list[str], list[dict[str, Any]]]] = {
@@ -349,8 +395,8 @@ def shares(clip: Path, model: str, seconds: float) -> dict[str, Any]:
     for name, (tiers, sinks) in parts.items():
         count = [0]
         graph = Graph().add("in", "capture", address=str(clip))
-        options = {"tiers": tiers, "tier": tiers[0] if tiers else "scale", "latency_budget_s": 5.0}
-        graph.add("enhance", "enhance", "in", **options)
+        options = {"tiers": tiers, "tier": tiers[0] if tiers else PLAIN, "latency_budget_s": 5.0}
+        graph.add("enhance", "enhance", "in", **options, **models)
 
         def take(_frame: Frame, count: list[int] = count) -> None:
             count[0] += 1
@@ -377,13 +423,17 @@ def shares(clip: Path, model: str, seconds: float) -> dict[str, Any]:
     return figures
 
 
-def soak(model: str, seconds: float, chart: Path, rate: int = 30) -> dict[str, Any]:
-    """Run for long with a model, a stream and a page; draw and return what grew.
+def soak(
+    model: str, seconds: float, chart: Path, models: Models, sinks: Sequence[str], rate: int = 30
+) -> dict[str, Any]:
+    """Run for long with a model and several sinks; draw and return what grew.
 
     Args:
         model: the tier.
         seconds: how long; the first third is left for everything to settle.
-        chart: the SVG file to write.
+        chart: the SVG file to write. Beside it, in .jsonl, every row is written as it comes.
+        models: options of the enhance stage.
+        sinks: besides a callback that reads every picture: "stream", "page" (watched).
         rate: frames per second.
     """
     source, seen = Drawn(rate, seconds), [0, -1]
@@ -395,83 +445,53 @@ def soak(model: str, seconds: float, chart: Path, rate: int = 30) -> dict[str, A
         seen[0], seen[1] = seen[0] + 1, number
 
     graph = Graph().add("in", Frames(source.spec, source))
-    graph.add("enhance", "enhance", "in", tiers=[model], tier=model, latency_budget_s=1.0)
+    options = {"tiers": [model], "tier": model, "latency_budget_s": 1.0, **models}
+    graph.add("enhance", "enhance", "in", **options)
     graph.add("out", Callback(take), "enhance")
-    graph.add("stream", "stream", "enhance", url="udp://127.0.0.1:9", preset="ultrafast")
-    graph.add("page", "page", "enhance")
+    if "stream" in sinks:
+        graph.add("stream", "stream", "enhance", url="udp://127.0.0.1:9", preset="ultrafast")
+    if "page" in sinks:
+        graph.add("page", "page", "enhance")
     live = Live(graph)
     live.start()
     until_warm(live)
-    live.pages["enhance"].watch(lambda _picture: None)
-    process = psutil.Process()
-    rows: list[tuple[float, float, int, int]] = []
+    for page in live.pages.values():
+        page.watch(lambda _picture: None)
+    grown, worst_ms = Growth(), 0.0
     source.go.set()
-    start_s = time.perf_counter()
-    while not live.wait(max(0.5, seconds / 600)):
-        live.state()
-        rows.append(
-            (
-                time.perf_counter() - start_s,
-                process.memory_info().rss / 2**20,
-                process.num_threads(),
-                process.num_fds() if hasattr(process, "num_fds") else 0,
-            )
-        )
+    with chart.with_suffix(".jsonl").open("w", buffering=1) as rows:
+        while not live.wait(max(0.5, seconds / 600)):
+            state = live.state()
+            p99_ms = state["sinks"]["out"]["p99_ms"]
+            worst_ms = max(worst_ms, p99_ms or 0.0)
+            row = {"frames": seen[0], "drops": dropped(live), "p99_ms": p99_ms}
+            rows.write(json.dumps(grown.note() | row) + "\n")
     live.pipeline.report()
     gc.collect()
-    columns = [list(c) for c in zip(*rows, strict=True)]
-    names = ("memory, MiB", "threads", "descriptors")
-    chart.write_text(drawn_chart(columns[0], dict(zip(names, columns[1:], strict=True))))
-    settled = len(rows) // 3
-    slope = float(np.polyfit(columns[0][settled:], columns[1][settled:], 1)[0])
-    dropped = sum(s.dropped for s in live.pipeline.progress() if s.name != "page")
+    chart.write_text(grown.chart())
+    drops = dropped(live)
     return {
         "seconds": seconds,
         "frames": seen[0],
-        "drops": dropped,
-        "memory_at_a_third_mib": columns[1][settled],
-        "memory_at_the_end_mib": columns[1][-1],
-        "memory_growth_mib": columns[1][-1] - columns[1][settled],
-        "memory_slope_mib_an_hour": slope * 3600,
-        "thread_growth": columns[2][-1] - columns[2][settled],
-        "descriptor_growth": columns[3][-1] - columns[3][settled],
+        "expected_frames": source.count,
+        "drops": drops,
+        "latency_p99_of_the_worst_10_s_ms": worst_ms,
+        "source_late_max_ms": 1000 * source.late_s,
+        "ran_on": live.filters["enhance"].provider(),
+        "models": live.filters["enhance"].report()["models"],
+        **grown.figures(),
         "chart": str(chart),
+        "verdicts": {
+            "drops": at_most(sum(drops.values()), 0),
+            "latency_p99_of_the_worst_10_s_ms": at_most(worst_ms, LATENCY_MS),
+            **grown.verdicts(),
+        },
     }
 
 
-def drawn_chart(times: Sequence[float], curves: dict[str, list[float]]) -> str:
-    """Return an SVG picture with one panel for each curve, all over the same time."""
-    width, height, left, gap = 900, 150, 70, 40
-    parts = []
-    for number, (name, values) in enumerate(curves.items()):
-        top = 30 + number * (height + gap)
-        most = max(max(values) * 1.1, 1)
-        points = " ".join(
-            f"{left + (width - left - 10) * t / max(times[-1], 1e-9):.1f},"
-            f"{top + height * (1 - v / most):.1f}"
-            for t, v in zip(times, values, strict=True)
-        )
-        parts.append(f'<text x="{left}" y="{top - 8}">{name}: {values[-1]:.6g} at the end</text>')
-        for part in (0, 0.5, 1):
-            y = top + height * (1 - part)
-            parts.append(f'<path d="M{left} {y:.1f}H{width - 10}" stroke="#ccc"/>')
-            parts.append(
-                f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{most * part:.4g}</text>'
-            )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="#06c" stroke-width="2"/>')
-    bottom = 30 + len(curves) * (height + gap)
-    for part in (0, 0.25, 0.5, 0.75, 1):
-        x = left + (width - left - 10) * part
-        parts.append(
-            f'<text x="{x:.0f}" y="{bottom - 14}" text-anchor="middle">'
-            f"{times[-1] * part:.0f} s</text>"
-        )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width + 10}" height="{bottom}" '
-        f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
-        + "\n".join(parts)
-        + "</svg>\n"
-    )
+def dropped(live: Live) -> dict[str, int]:
+    """Return the frames dropped on the way to each stage, save for the page, which may."""
+    return {s.name: s.dropped for s in live.pipeline.progress() if s.dropped and s.name != "page"}
 
 
 class Stills:
@@ -544,6 +564,7 @@ def gpu(
         "host_to_host": (CPU, True),
     }
     figures: dict[str, Any] = {"processors": psutil.cpu_count(), "size": f"{width}x{height}"}
+    verdicts = figures["verdicts"] = {}
     for (use, options), (case, (device, down)) in itertools.product(stages.items(), cases.items()):
         source = Stills(width, height, rate, seconds, device)
         latencies, numbers, last = array("d"), array("q"), list[Frame]()
@@ -572,6 +593,9 @@ def gpu(
             raise RuntimeError(f"{len(numbers)} out, {drops} dropped: {report.problems}")
         if read(on_host(last[0])[0], 0, 2) != last[0].pts % source.COUNT:
             raise RuntimeError("the last picture is not the one that went in")
+        p99_ms = 1000 * percentile(latencies, 99)
+        verdicts[f"{use}.{case}.p99_ms"] = at_most(p99_ms, LATENCY_GPU_MS)
+        verdicts[f"{use}.{case}.drops"] = at_most(drops, 0)
         figures |= {
             f"{use}.{case}.frames": f"{len(numbers)} of {source.count}",
             f"{use}.{case}.drops": drops,
@@ -585,24 +609,27 @@ def gpu(
     return figures
 
 
-def measure(clip: Path, model: str, rounds: int) -> dict[str, Any]:
+def measure(
+    clip: Path, model: str, rounds: int, seconds: float | None = None, models: Models | None = None
+) -> dict[str, Any]:
     """Return the figures of four runs; the clip and the rounds are not used."""
     del clip, rounds
-    seconds = float(os.environ.get("VIDPIPE_LIVE_S", "10"))
-    figures: dict[str, Any] = {
-        "processors": psutil.cpu_count(),
-        "load_before": psutil.getloadavg()[0],
-        "seconds": seconds,
-    }
+    if seconds is None:
+        seconds = float(os.environ.get("VIDPIPE_LIVE_S", "10"))
+    figures: dict[str, Any] = {"processors": psutil.cpu_count(), "seconds": seconds}
+    fixed = {"tiers": [model], "tier": model, **(models or {})}
+    governed = {"tiers": [model], **(models or {})}
     parts = {
-        f"{model}_30fps": play(30, seconds, 1.0, tiers=[model], tier=model),
-        "governed_30fps": play(30, seconds, 0.1, tiers=[model]),
-        "overload_x3": play(90, seconds, 0.1, tiers=[model], tier=model),
-        "overload_x3_governed": play(90, seconds, 0.1, tiers=[model]),
+        f"{model}_30fps": play(30, seconds, 1.0, all_frames=True, **fixed),
+        "governed_30fps": play(30, seconds, 0.1, **governed),
+        "overload_x3": play(90, seconds, 0.1, **fixed),
+        "overload_x3_governed": play(90, seconds, 0.1, **governed),
     }
+    verdicts: dict[str, Any] = {}
     for name, part in parts.items():
+        verdicts |= {f"{name}.{key}": value for key, value in part.pop("verdicts").items()}
         figures |= {f"{name}.{key}": value for key, value in part.items()}
-    return figures
+    return {**figures, "verdicts": verdicts}
 
 
 def main() -> None:
@@ -610,26 +637,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.live", description=__doc__)
     parser.add_argument("--clip", type=Path, default=Path("samples/bigbuckbunny.mp4"))
     parser.add_argument("--model", default="nano-2x")
-    for part in ("soak", "outage", "toggle", "shares", "gpu"):
-        parser.add_argument(f"--{part}", type=float, metavar="SECONDS")
+    parser.add_argument("--precision", default="auto", help="of the models")
+    parser.add_argument("--device", default="auto", help="of the models, such as openvino")
+    for option in ("play", "soak", "outage", "toggle", "shares", "gpu"):
+        parser.add_argument(f"--{option}", type=float, metavar="SECONDS")
     parser.add_argument("--chart", type=Path, default=Path("soak.svg"), help="of --soak")
+    parser.add_argument(
+        "--sinks", default="stream,page", help="of --soak, beside the callback: stream, page or ''"
+    )
     parser.add_argument("--send", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.send:
         send(arguments.send)
         return
-    figures: dict[str, Any] = {"load_before": psutil.getloadavg()[0]}
-    if arguments.toggle:
-        figures |= toggle(arguments.model, arguments.toggle)
-    if arguments.outage:
-        figures |= outage(arguments.outage)
-    if arguments.shares:
-        figures |= shares(arguments.clip, arguments.model, arguments.shares)
-    if arguments.gpu:
-        figures |= gpu(arguments.model, arguments.gpu)
-    if arguments.soak:
-        figures |= soak(arguments.model, arguments.soak, arguments.chart)
-    print(json.dumps(figures, indent=2))
+    model = arguments.model
+    models = {"device": arguments.device, "precision": arguments.precision}
+    parts: dict[str, Callable[[float], dict[str, Any]]] = {
+        "play": lambda s: measure(arguments.clip, model, 1, s, models),
+        "toggle": lambda s: toggle(model, s, models),
+        "outage": lambda s: outage(model, s, models),
+        "shares": lambda s: shares(arguments.clip, model, s, models),
+        "gpu": lambda s: gpu(model, s),
+        "soak": lambda s: soak(model, s, arguments.chart, models, arguments.sinks.split(",")),
+    }
+    for name, part in parts.items():
+        if seconds := getattr(arguments, name):
+            load = psutil.getloadavg()[0]
+            figures = {"part": name, "model": model, **models, "load_before": load, **part(seconds)}
+            figures["ok"] = all(v["ok"] for v in figures.get("verdicts", {}).values())
+            print(json.dumps(figures, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -127,12 +127,13 @@ class Sender:
                 out.mux(stream.encode(frame))
 
 
-def clock_and_beep(path: Path, *, seconds: int = 3) -> Path:
+def clock_and_beep(path: Path, *, seconds: int = 3, b_frames: int = 0) -> Path:
     """A clip of 25 fps: brightness tells the frame within its second, a beep comes at 12/25 s."""
+    options = {"g": "50", "bf": str(b_frames)} if b_frames else {"tune": "zerolatency", "g": "5"}
     with av.open(str(path), "w") as file:
         video: Any = file.add_stream("libx264", rate=25)
         video.width, video.height, video.pix_fmt = 96, 64, "yuv420p"
-        video.codec_context.options = {"tune": "zerolatency", "g": "5", "crf": "10"}
+        video.codec_context.options = {**options, "crf": "10"}
         audio: Any = file.add_stream("pcm_s16le", rate=48000)
         audio.codec_context.layout = "stereo"
         tone = np.sin(np.arange(1920) * 2 * np.pi * 1000 / 48000) * 20000

@@ -97,7 +97,10 @@ def test_the_faster_one_is_chosen_once_and_kept(two: None, cache: Path) -> None:
     assert " ms against " in first.reason
     asked = clock.count
     assert asked > 0
-    again = choose("auto", "nano-2x", size, clock=clock)
+    # A second start measures nothing and loads no model.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_runner", lambda *_: pytest.fail("it was measured already"))
+        again = choose("auto", "nano-2x", size, clock=clock)
     assert again == first
     assert clock.count == asked
     assert len(sizes) == 2
@@ -160,6 +163,40 @@ def test_a_large_picture_is_measured_on_less_of_it() -> None:
     model = describe(find_model("nano-2x"))
     trial = measure(model, (320, 192), {"cpu": Target.parse("cpu").find()}, clock=Ticks(1.0))
     assert trial.size == (160, 96)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "least_runs"),
+    [
+        # Seconds a pixel: quick, slow, one far slower, many.
+        ({"cpu": 1e-9, "a": 2e-9}, 4),
+        ({"cpu": 1e-6, "a": 1e-6, "b": 2e-6}, 4),
+        ({"cpu": 1e-7, "a": 2e-6}, 1),
+        ({"cpu": 1e-7, **dict.fromkeys("abcdef", 1e-7)}, 2),
+    ],
+)
+@pytest.mark.parametrize("size", [(640, 360), (3840, 2160)])
+def test_a_measurement_stays_within_about_a_second(
+    speeds: dict[str, float],
+    least_runs: int,
+    size: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[tuple[str, float]] = []
+
+    def runner(model: Any, at: tuple[int, int], found: Found, *_: Any) -> Any:
+        def run() -> float:
+            ran.append((found.ep, speeds[found.ep] * at[0] * at[1]))
+            return ran[-1][1]
+
+        return run
+
+    monkeypatch.setattr(module, "_runner", runner)
+    found = {name: Found(Other(), name) for name in speeds}
+    trial = measure(describe(find_model("nano-2x")), size, found, clock=Ticks())
+    assert sum(spent for _, spent in ran) < 1.3
+    assert all([name for name, _ in ran].count(name) >= least_runs for name in speeds)
+    assert min(trial.times_ms, key=lambda name: trial.times_ms[name]) == "cpu"
 
 
 class FakeGpus:
@@ -232,6 +269,13 @@ def test_a_gpu_that_cannot_be_used_is_passed_over_aloud(
     assert choice.device == "cpu"
     assert "cuda not used: " in choice.reason
     assert why in choice.reason
+
+
+def test_cuda_is_passed_over_for_int8(gpus: Any) -> None:
+    gpus(8 << 30)
+    choice = choose("auto", "nano-2x", precision="int8")
+    assert choice.device == "cpu"
+    assert "cuda not used: CUDA runs no convolutions in int8" in choice.reason
 
 
 def test_unknown_preferences_are_refused() -> None:

@@ -20,7 +20,10 @@ from livekit import (
 
 from vidpipe.errors import MediaError
 from vidpipe.frame import Frame
+from vidpipe.live.address import parse_source
 from vidpipe.live.capture import Capture
+from vidpipe.live.reader import Connection, Timeline
+from vidpipe.testing import ManualClock
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -43,13 +46,57 @@ def test_a_file_is_read_at_its_own_pace_again_and_again(tmp_path: Path) -> None:
     assert capture.has_sound
 
 
+class Advanced:
+    """Stands for the event that ends a wait: nobody sets it, and the clock does the waiting."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+
+    def wait(self, seconds: float) -> bool:
+        self._clock.advance(seconds)
+        return False
+
+    def is_set(self) -> bool:
+        return False
+
+
+def test_pictures_of_a_file_with_b_frames_come_evenly_and_in_time(tmp_path: Path) -> None:
+    path = clock_and_beep(tmp_path / "clip.mkv", seconds=2, b_frames=3)
+    clock = ManualClock(5.0)
+    arrivals: list[float] = []
+    sound: list[Any] = []
+    for _ in range(2):  # as a loop does it
+        stop: Any = Advanced(clock)
+        timeline = Timeline(clock, 5.0)
+        connection = Connection(
+            parse_source(str(path)), clock, timeline, stop=stop, sound=sound.append
+        )
+        for picture in connection.frames():
+            arrivals.append(clock.now_s() - 5.0)
+            # Its time is when it comes, not when the decoder got its first part.
+            assert picture.captured_s == clock.now_s()
+            assert abs(float(picture.time_s) - arrivals[-1]) < 1e-3
+        connection.close()
+    assert arrivals == pytest.approx([n / 25 for n in range(100)], abs=2e-3)
+    assert [round(chunk.time_s) for chunk in sound].count(2) > 10
+
+
 def test_a_file_that_is_not_looped_ends(tmp_path: Path) -> None:
     path = clock_and_beep(tmp_path / "clip.mkv", seconds=1)
     capture = Capture(address=str(path), loop=False)
     capture.plan()
-    assert sum(1 for _ in capture.frames()) + capture.overwritten == 25
+    assert sum(1 for _ in capture.frames()) + capture.overwritten + capture.early == 25
     capture.close()
     assert capture.report()["losses"] == 0
+
+
+def test_what_comes_before_the_stages_are_open_is_no_drop_of_theirs(tmp_path: Path) -> None:
+    capture = Capture(address=str(clock_and_beep(tmp_path / "clip.mkv", seconds=1)), loop=False)
+    capture.plan()
+    until(lambda: capture._ended)
+    assert [frame.pts > 0 for frame in capture.frames()] == [True]  # the last
+    capture.close()
+    assert (capture.early, capture.overwritten) == (24, 0)
 
 
 @pytest.mark.parametrize("pixels", ["rgb24", "yuyv422", "yuv444p", "yuv420p10le"])

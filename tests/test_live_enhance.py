@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from livekit import (
     same,
 )
 
-from vidpipe.errors import InputError, SpecError
+from vidpipe.errors import InputError, ModelError, SpecError
 from vidpipe.frame import Frame, FrameSpec
-from vidpipe.live.enhance import Enhance, Enhanced
+from vidpipe.live.enhance import DEFAULT_TIERS, Enhance, Enhanced, tier_precisions
 from vidpipe.model.stage import Model
 from vidpipe.testing import ManualClock, pattern, spec
 
@@ -127,6 +128,108 @@ def test_the_stage_steps_down_at_once_and_says_so(doubler: str, other: str) -> N
     one(stage, pattern(spec(), 6))
     assert (events[-1]["to"], events[-1]["reason"]) == (other, "chosen")
     assert len(events) == 2
+    stage.close()
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model with a copy beside it that says it is in int8, and gives another picture."""
+    path = modelgen.nearest(tmp_path_factory.mktemp("models") / "copied.onnx", 2)
+    claims = {
+        "vidpipe.precision": "int8",
+        "vidpipe.source_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+    modelgen.random_net(path.with_name("copied-int8.onnx"), 2, metadata=claims)
+    return str(path)
+
+
+def test_int8_holds_for_the_tiers_that_have_it(copied: str, other: str) -> None:
+    stage = Enhance(tiers=[other, copied], latency_budget_s=5, precision="int8")
+    stage.name = "enhance"
+    events: list[dict[str, Any]] = []
+    stage.notify = events.append
+    open_stage(stage, spec())
+    assert stage.report()["precisions"] == ["fp32", "int8"]
+    assert events == [
+        {
+            "event": "precision",
+            "filter": "enhance",
+            "reason": f"not every tier has a copy in int8: {other} in fp32",
+        }
+    ]
+    frame, plain = pattern(spec(), 1), Enhance(tiers=[other, copied], latency_budget_s=5)
+    open_stage(plain, spec())
+    found = {}
+    for name in (other, copied, "scale"):
+        for one_of in (stage, plain):
+            one_of.controls.change({"tier": name})
+        found[name] = same(one(stage, frame).planes, one(plain, frame).planes)
+        assert stage.precision_now == {other: "fp32", copied: "int8"}.get(name)
+    assert found == {other: True, copied: False, "scale": True}
+    stage.replan(spec())
+    assert [e["event"] for e in events].count("precision") == 1  # said once
+    stage.close()
+    plain.close()
+
+
+def test_a_precision_that_no_tier_has_is_one_line(doubler: str) -> None:
+    with pytest.raises(ModelError, match=r"no tier has a copy in int8: .*doubler\.onnx") as caught:
+        Enhance(tiers=[doubler], precision="int8").plan(spec())
+    assert "vidpipe models quantize" in str(caught.value.hint)
+    with pytest.raises(ModelError, match="the CPU computes float16 models in float32"):
+        Enhance(tiers=[doubler], precision="fp16").plan(spec())
+    with pytest.raises(SpecError, match="precision 'int9' is not known"):
+        Enhance(tiers=[], precision="int9")
+
+
+def test_the_default_tiers_run_in_int8_where_they_can() -> None:
+    if not Path("vidpipe/models/int8/clean-2x-nano.onnx").is_file():
+        pytest.skip("the built-in models are not there")
+    assert tier_precisions(DEFAULT_TIERS, "int8") == ["auto", "auto", "int8"]
+    assert tier_precisions(DEFAULT_TIERS, "fp32") == ["fp32"] * 3
+
+
+def test_tiers_are_compiled_before_the_first_frame(doubler: str) -> None:
+    assert [model.wait_compile for model in Enhance(tiers=[doubler]).models] == [True]
+
+
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_the_tiers_run_on_a_plug_in_from_the_first_frame_on(precision: str) -> None:
+    pytest.importorskip("onnxruntime_ep_openvino")
+    path = Path("vidpipe/models/int8/nano-2x.onnx")
+    if not path.is_file():
+        pytest.skip("the built-in models are not there")
+    stage = Enhance(tiers=["nano-2x"], latency_budget_s=5, device="openvino", precision=precision)
+    open_stage(stage, spec())
+    frame = pattern(spec(), 1)
+    found = one(stage, frame).planes
+    assert stage.provider() == "cpu (OpenVINOExecutionProvider)"
+    assert stage.precision_now == ("fp32" if precision == "auto" else "int8")
+    stage.close()
+    cpu = Enhance(tiers=["nano-2x"], latency_budget_s=5, device="cpu", precision=precision)
+    wanted = one(open_stage(cpu, spec()), frame).planes
+    cpu.close()
+    for a, b in zip(found, wanted, strict=True):
+        # Providers round a chain of int8 layers differently.
+        assert np.abs(a.astype(int) - b.astype(int)).mean() <= (0.1 if precision == "auto" else 1)
+
+
+def test_the_first_run_of_a_tier_says_nothing_of_its_cost(
+    doubler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, runs = ManualClock(), [0]
+    process = Model.process
+
+    def slow_at_first(model: Model, frame: Frame) -> Any:
+        clock.advance(0.01 if runs[0] else 0.5)
+        runs[0] += 1
+        return process(model, frame)
+
+    monkeypatch.setattr(Model, "process", slow_at_first)
+    stage = open_stage(Enhance(tiers=[doubler], latency_budget_s=0.1), spec(), clock)
+    assert stage.costs_s == [pytest.approx(0.01), 0]
+    assert stage.governor is not None
+    assert stage.governor.tier == 0
     stage.close()
 
 

@@ -203,7 +203,7 @@ def test_the_device_is_chosen_once_and_explicit_ones_stay(monkeypatch: pytest.Mo
     graph.add("second", "enhance", "source", tiers=["nano-2x"], device="cpu")
     graph.add("third", "enhance", "source", tiers=["scale"])
     command.place(graph, "1280x720", 3)
-    assert asked == [((None, "clean-2x-quality", (1280, 720)), {"threads": 3})]
+    assert asked == [((None, "clean-2x-quality", (1280, 720)), {"precision": "auto", "threads": 3})]
     options = {name: graph.nodes[name].options for name in ("enhance", "second", "third")}
     assert options["enhance"]["device"] == "cuda:1"
     assert options["enhance"]["chosen"] == "auto: cuda:1, for a reason"

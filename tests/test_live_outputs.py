@@ -32,7 +32,7 @@ from vidpipe.live.capture import Frames
 from vidpipe.live.outputs import Callback, Record, StreamOut
 from vidpipe.live.session import Live
 from vidpipe.live.virtualcam import VirtualCamera, packed
-from vidpipe.testing import pattern, spec
+from vidpipe.testing import ManualClock, pattern, spec
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -232,6 +232,47 @@ def test_a_virtual_camera_gets_the_planes_one_after_the_other(
     busy.plan(live_spec())
     with pytest.raises(OutputError, match="no virtual camera: device is in use"):
         busy.open()
+
+
+def test_a_virtual_camera_that_is_lost_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [False]
+
+    class Camera(FakeCamera):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            if taken[0]:
+                raise RuntimeError("cannot set the size: device is busy")
+            super().__init__(*arguments, **options)
+
+        def send(self, picture: Any) -> None:
+            if taken[0]:
+                raise OSError("the device is gone")
+            super().send(picture)
+
+    fake = SimpleNamespace(Camera=Camera, PixelFormat=SimpleNamespace(I420="I420", NV12="NV12"))
+    monkeypatch.setitem(sys.modules, "pyvirtualcam", fake)
+    FakeCamera.sent.clear()
+    events: list[dict[str, Any]] = []
+    sink, frame = VirtualCamera(), pattern(live_spec(), 1)
+    sink.name, sink.clock, sink.notify = "camera", ManualClock(), events.append
+    sink.plan(live_spec())
+    sink.open()
+    sink.write(frame)
+    taken[0] = True
+    sink.write(frame)
+    sink.replan(live_spec(32, 32))  # a reader holds it to its first size
+    taken[0] = False
+    small = pattern(live_spec(32, 32), 2)
+    sink.write(small)
+    assert sink.state == "lost"  # not yet tried again
+    sink.clock.advance(1)
+    sink.write(small)
+    sink.close()
+    assert [(e["state"], e.get("reason")) for e in events] == [
+        ("lost", "no virtual camera: the device is gone"),
+        ("live", None),
+    ]
+    assert [arguments[:2] for arguments, _ in FakeCamera.sent] == [(64, 48), (32, 32)]
+    assert (sink.state, sink.drops) == ("live", {"lost": 2})
 
 
 def test_without_pyvirtualcam_the_line_to_install_it_is_shown(

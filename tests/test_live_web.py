@@ -354,6 +354,9 @@ def test_the_graph_of_the_command_line() -> None:
         "address": "camera", "size": "640x360", "audio": False,
     }  # fmt: skip
     assert graph.nodes["stream2"].options == {"url": "udp://h:2", "audio": False}
+    exact = live_graph("camera", page=True, precision="int8", device="openvino")
+    options = exact.nodes["enhance"].options
+    assert (options["precision"], options["device"]) == ("int8", "openvino")
     with pytest.raises(InputError, match="goes nowhere"):
         live_graph("camera")
     with pytest.raises(InputError, match="a source is needed"):
@@ -408,6 +411,7 @@ def test_json_lines_of_a_run(sample: Path, doubler: str, tmp_path: Path) -> None
         (["SAMPLE", "--stream", "out.mp4"], "cannot stream to 'out.mp4'"),
         (["SAMPLE", "--page", "0", "--latency-budget", "soon"], "Write 50ms"),
         (["SAMPLE", "--page", "0", "--tier", "nosuch"], "no built-in model is called 'nosuch'"),
+        (["SAMPLE", "--page", "0", "--precision", "int9"], "precision 'int9' is not known"),
     ],
 )
 def test_wrong_use_is_one_line(sample: Path, arguments: list[str], message: str) -> None:

@@ -1,8 +1,11 @@
-"""Starting at once: the CPU runs frames while a slower provider compiles, through the stage."""
+"""Starting at once: a command loads what it needs, and the CPU runs frames while a slower
+provider compiles, through the stage."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +32,7 @@ from vidpipe.providers.runtime import OFFLINE
 from vidpipe.testing import pattern, spec
 
 SPEC = spec(96, 64)
+SAMPLE = Path(__file__).parent.parent / "samples" / "bigbuckbunny.mp4"
 
 
 class Slow(Provider):
@@ -141,6 +145,58 @@ def test_frames_flow_while_it_compiles_and_the_next_run_waits_for_nothing(
     assert again.report()["swap"] is None
     assert again.report()["provider"] == "slow"
     assert compiler.threads[1:] == [threading.current_thread().name]
+
+
+HEAVY = {"onnxruntime", "onnx", "av", "cupy", "ray", "psutil", "rich.progress"}
+OTHERS = {"vidpipe.live", "vidpipe.bench", "vidpipe.commands", "vidpipe.compare", "vidpipe.doctor"}
+MODELS = {"vidpipe.model", "vidpipe.media", "vidpipe.segments"}
+RUN = ["run", str(SAMPLE), "OUT.mkv", "--model", "nano-2x", "--duration", "0.02", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("line", "unwanted"),
+    [
+        (["--version"], HEAVY | OTHERS | MODELS),
+        (["--help"], (HEAVY | MODELS | OTHERS) - {"vidpipe.live", "vidpipe.commands"}),
+        (["run", "--help"], HEAVY | OTHERS | MODELS),
+        (RUN, {"cupy", "ray", "rich.progress"} | OTHERS),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_command_loads_what_it_needs(line: list[str], unwanted: set[str], tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+        "from vidpipe.cli import main; main()"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            *(word.replace("OUT", str(tmp_path / "out")) for word in line),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "vidpipe.cli" in loaded
+    assert unwanted & loaded == set()
+
+
+def test_every_command_is_listed_and_found() -> None:
+    from typer.testing import CliRunner
+
+    from vidpipe.cli import app
+
+    shown = [line.strip(" │|") for line in CliRunner().invoke(app, ["--help"]).stdout.splitlines()]
+    for name in ("run", "graphs", "compare", "probe", "live", "bench", "models", "devices",
+                 "doctor", "cache"):  # fmt: skip
+        assert any(line.startswith(f"{name} ") for line in shown), name
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0, name
+    wrong = CliRunner().invoke(app, ["benhc"])
+    assert wrong.exit_code == 2
+    assert "bench" in wrong.output
 
 
 def test_those_who_prefer_wait(net: Path, compiler: Compiler) -> None:

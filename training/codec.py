@@ -25,15 +25,13 @@ from pathlib import Path
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from training import degrade, pictures
 from training.data import BankWriter
-from training.pictures import Picture, Plane
+from training.pictures import Picture, Plane, plane, render, to_frame
 
 DOUBLE = {"lr": 1, "clean": 1, "hr": 2}
 SAME = {"lr": 1, "clean": 1}
-LENGTH = 20  # frames in a rendered clip
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +87,7 @@ def round_trip(frames: list[Picture], encoding: Encoding) -> tuple[list[Plane], 
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.codec_context.thread_count = 1
         for number, picture in enumerate(frames):
-            packed = np.concatenate([p.reshape(-1) for p in (picture.y, picture.u, picture.v)])
-            frame = av.VideoFrame.from_ndarray(packed.reshape(height * 3 // 2, width), "yuv420p")
+            frame = to_frame(picture)
             frame.pts = number
             sink.mux(stream.encode(frame))
         sink.mux(stream.encode(None))
@@ -98,56 +95,10 @@ def round_trip(frames: list[Picture], encoding: Encoding) -> tuple[list[Plane], 
     with av.open(buffer) as source:
         source.streams.video[0].thread_count = 1
         decoded = list(source.decode(video=0))
-    planes = []
-    for frame in decoded:
-        stored = np.frombuffer(frame.planes[0], np.uint8).reshape(-1, frame.planes[0].line_size)
-        planes.append(stored[:height, :width].copy())
+    planes = [plane(frame) for frame in decoded]
     if len(planes) != len(frames):
         raise RuntimeError(f"{encoding}: got {len(planes)} frames back, expected {len(frames)}")
     return planes, [bool(frame.key_frame) for frame in decoded]
-
-
-def _view(plane: Plane, box: tuple[float, ...], size: tuple[int, int]) -> Plane:
-    exact = all(float(v).is_integer() for v in box) and size == (box[2] - box[0], box[3] - box[1])
-    if exact:
-        x0, y0, x1, y1 = map(int, box)
-        return plane[y0:y1, x0:x1]
-    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC, box=box))
-
-
-def render(picture: Picture, rng: np.random.Generator, width: int, height: int) -> list[Picture]:
-    """A moving view of `width` x `height` over a still picture, `LENGTH` frames."""
-    full_h, full_w = picture.y.shape
-    limit = min(full_w / width, full_h / height)
-    zoom = min(limit, float(rng.choice([1.0, rng.uniform(1.1, 1.6), rng.uniform(1.5, 2.6)])))
-    kind = rng.choice(["still", "pan", "pan", "zoom"])
-    speed = rng.normal(0, 3.0, 2) if kind != "still" else np.zeros(2)
-    if zoom == 1.0 and rng.random() < 0.6:
-        speed = np.rint(speed / 2) * 2
-    growth = float(rng.uniform(-0.008, 0.008)) if kind == "zoom" else 0.0
-    start = rng.random(2)
-    frames = []
-    for number in range(LENGTH):
-        factor = float(np.clip(zoom * (1 + growth * number), 1.0, limit))
-        view_w, view_h = width * factor, height * factor
-        room = np.array([full_w - view_w, full_h - view_h])
-        corner = np.clip(start * room + speed * number, 0, np.maximum(room, 0))
-        if factor == 1.0 and np.all(speed == np.rint(speed)):
-            corner = corner // 2 * 2
-        x, y = float(corner[0]), float(corner[1])
-        box = (x, y, x + view_w, y + view_h)
-        box = (box[0], box[1], min(box[2], float(full_w)), min(box[3], float(full_h)))
-        small = tuple(v / 2 for v in box)
-        half = (width // 2, height // 2)
-        frames.append(
-            Picture(
-                picture.name,
-                _view(picture.y, box, (width, height)),
-                _view(picture.u, small, half),
-                _view(picture.v, small, half),
-            )
-        )
-    return frames
 
 
 def overlay(

@@ -1,11 +1,16 @@
-"""Measure models on the validation part of a folder of clips.
+"""Measure models on pictures that no training has seen.
 
-    python -m training.evaluate --root DIR --models vidpipe/models/*-2x.onnx --json report.json
+    python -m training.evaluate --root DIR --models vidpipe/models/*2x.onnx --json report.json
 
 Cases for x2 models: `clean` (each frame halved by FFmpeg's bicubic) and `crf27` and the like (then
-encoded by libx264 at that CRF). Cases for x1 models: `same-crf32`, `same-noise10`. Every figure is
-for luma: PSNR and VMAF-NEG against the original frames, and flicker, the mean absolute difference
-between the change from frame to frame and that of the original, in codes.
+encoded by libx264 at that CRF). Cases for x1 models: `same-crf32`, `same-noise10`. The original
+frames, what each method is given and what it makes of it are lossless files (FFV1). Our models go
+through `vidpipe.enhance`, and `vidpipe.compare` measures all: PSNR and VMAF-NEG of luma against the
+original, and flicker, the mean absolute difference between the change from frame to frame and that
+of the original, in codes.
+
+What is measured (`--source`): `clips`, a window in each clip's last odd second; `earlier`, one in
+each of its other odd seconds; `photos`, slow moves over the photographs kept for validation.
 """
 
 from __future__ import annotations
@@ -14,30 +19,33 @@ import argparse
 import io
 import json
 import re
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
-import imageio_ffmpeg
 import numpy as np
 import onnxruntime
 from av.video.reformatter import Interpolation
-from numpy.typing import NDArray
 
+import vidpipe
 from training import pictures
+from training.pictures import Plane, to_frame
+from vidpipe.compare import compare, has_vmaf
+from vidpipe.model.descriptor import describe
 
-Plane = NDArray[np.uint8]
-Enlarge = Callable[[av.VideoFrame], Plane]
+Method = Callable[[Path, Path], float]
+"""Makes one lossless file from another; returns the milliseconds of a frame."""
+SOURCES = ("clips", "earlier", "photos")
+PHOTO_SIZE = (960, 540)  # of the moves over photographs
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Means over the frames of one clip."""
+    """Means over the frames of one scene."""
 
     psnr: float
     vmaf_neg: float
@@ -45,18 +53,16 @@ class Figures:
     ms: float
 
 
-def luma(frame: av.VideoFrame) -> Plane:
-    """The Y plane of a planar 8-bit frame, uint8 (H, W)."""
-    plane = frame.planes[0]
-    stored = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-    return stored[: frame.height, : frame.width].copy()
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Neighbouring yuv420p frames; those from number `begin` on are measured.
 
+    The frames before give an encoder its run-up.
+    """
 
-def to_frame(picture: pictures.Picture) -> av.VideoFrame:
-    """A yuv420p frame of a picture."""
-    height, width = picture.y.shape
-    packed = np.concatenate([p.reshape(-1) for p in (picture.y, picture.u, picture.v)])
-    return av.VideoFrame.from_ndarray(packed.reshape(height * 3 // 2, width), "yuv420p")
+    name: str
+    frames: list[av.VideoFrame]
+    begin: int
 
 
 def resize(frame: av.VideoFrame, factor: Fraction, method: Interpolation) -> av.VideoFrame:
@@ -69,11 +75,32 @@ def resize(frame: av.VideoFrame, factor: Fraction, method: Interpolation) -> av.
     )
 
 
+def write(path: Path, frames: Sequence[av.VideoFrame]) -> None:
+    """Write yuv420p frames, exactly, as FFV1 in Matroska."""
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
+        for number, frame in enumerate(frames):
+            # Frames may serve several times, and muxing wants pts and base of this stream.
+            copy = av.VideoFrame.from_ndarray(frame.to_ndarray(), "yuv420p")
+            copy.pts, copy.time_base = number, Fraction(1, 25)
+            sink.mux(stream.encode(copy))
+        sink.mux(stream.encode(None))
+
+
+def read(path: Path) -> list[av.VideoFrame]:
+    """All frames of a file."""
+    with av.open(str(path), "r") as source:
+        return list(source.decode(video=0))
+
+
 def encoded(frames: Sequence[av.VideoFrame], crf: int) -> list[av.VideoFrame]:
     """The frames through libx264, preset medium."""
+    # With AVX-512, x264 does not make the same stream of the same frames every time.
+    settings = {"crf": str(crf), "x264-params": "asm=SSE4.2"}
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as sink:
-        stream = sink.add_stream("libx264", rate=30, options={"crf": str(crf)})
+        stream = sink.add_stream("libx264", rate=30, options=settings)
         stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, "yuv420p"
         for number, frame in enumerate(frames):
             frame.pts, frame.time_base = number, Fraction(1, 30)
@@ -84,14 +111,18 @@ def encoded(frames: Sequence[av.VideoFrame], crf: int) -> list[av.VideoFrame]:
         return list(source.decode(video=0))
 
 
+def gray(y: Plane) -> av.VideoFrame:
+    """A yuv420p frame of luma (H, W) alone."""
+    planes = np.full((y.shape[0] * 3 // 2, y.shape[1]), 128, np.uint8)
+    planes[: y.shape[0]] = y
+    return av.VideoFrame.from_ndarray(planes, "yuv420p")
+
+
 def noisy(frame: av.VideoFrame, sigma: float, seed: int) -> av.VideoFrame:
     """The frame with white Gaussian noise on its luma."""
     rng = np.random.default_rng(seed)
-    y = luma(frame)
-    y = np.clip(np.rint(y + rng.normal(0, sigma, y.shape)), 0, 255).astype(np.uint8)
-    planes = np.full((frame.height * 3 // 2, frame.width), 128, np.uint8)
-    planes[: frame.height] = y
-    return av.VideoFrame.from_ndarray(planes, "yuv420p")
+    y = pictures.plane(frame)
+    return gray(np.clip(np.rint(y + rng.normal(0, sigma, y.shape)), 0, 255).astype(np.uint8))
 
 
 def degraded(frames: list[av.VideoFrame], case: str) -> list[av.VideoFrame]:
@@ -109,32 +140,58 @@ def degraded(frames: list[av.VideoFrame], case: str) -> list[av.VideoFrame]:
     return frames
 
 
-def classical(method: Interpolation, scale: int) -> Enlarge:
+def _each(change: Callable[[av.VideoFrame], av.VideoFrame]) -> Method:
+    """A method that changes frame by frame."""
+
+    def method(source: Path, out: Path) -> float:
+        frames = read(source)
+        started = time.perf_counter()
+        changed = [change(frame) for frame in frames]
+        spent = (time.perf_counter() - started) * 1000 / len(frames)
+        write(out, changed)
+        return spent
+
+    return method
+
+
+def classical(method: Interpolation, scale: int) -> Method:
     """FFmpeg's enlargement, or the frame itself at scale 1."""
-    return lambda frame: luma(frame if scale == 1 else resize(frame, Fraction(scale), method))
+    return _each(lambda frame: frame if scale == 1 else resize(frame, Fraction(scale), method))
 
 
-def network(path: Path, strength: float, threads: int) -> Enlarge:
-    """A model file: one of ours (luma) or a foreign one (RGB 0..1, one input)."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    if session.get_inputs()[0].shape[1] == 3:
-        return lambda frame: _through_rgb(session, names[0], frame)
+def network(path: Path, strength: float, threads: int) -> Method:
+    """A model file on the CPU: a luma one as `vidpipe run` does it, or a foreign one.
 
-    def enlarge(frame: av.VideoFrame) -> Plane:
-        x = (luma(frame).astype(np.float32) - 16) / np.float32(219)
-        feed = {"input": x[None, None]}
-        if "strength" in names:
-            feed["strength"] = np.array([strength], np.float32)
-        (y,) = session.run(["output"], feed)
-        return np.clip(np.rint(y[0, 0] * 219 + 16), 0, 255).astype(np.uint8)
+    Foreign networks (RGB 0..1, one input) are run by themselves; only luma is kept.
+    """
+    model = describe(path)
+    if model.channels != "luma":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return _each(lambda frame: _through_rgb(session, model.input, frame))
 
-    return enlarge
+    def enhance(source: Path, out: Path) -> float:
+        report = vidpipe.enhance(
+            source,
+            out,
+            model=path,
+            denoise=strength if model.strength else None,
+            device="cpu",
+            threads=threads,
+            codec="ffv1",
+        )
+        if report.problems:
+            raise RuntimeError(f"{path}: {'; '.join(report.problems)}")
+        stage = report.stage("model")
+        return stage.busy_s * 1000 / stage.frames_out
+
+    return enhance
 
 
-def _through_rgb(session: onnxruntime.InferenceSession, name: str, frame: av.VideoFrame) -> Plane:
+def _through_rgb(
+    session: onnxruntime.InferenceSession, name: str, frame: av.VideoFrame
+) -> av.VideoFrame:
     """BT.709 to RGB and back around a foreign network."""
     wide = frame.reformat(format="yuv444p", interpolation=Interpolation.BICUBIC).to_ndarray()
     y = (wide[0].astype(np.float32) - 16) / 219
@@ -144,106 +201,125 @@ def _through_rgb(session: onnxruntime.InferenceSession, name: str, frame: av.Vid
     rgb = np.clip(np.stack([red, green, blue]), 0, 1)[None]
     (out,) = session.run(None, {name: rgb.astype(np.float32)})
     luma_out = np.tensordot(np.array([0.2126, 0.7152, 0.0722]), np.clip(out[0], 0, 1), 1)
-    return np.clip(np.rint(luma_out * 219 + 16), 0, 255).astype(np.uint8)
+    return gray(np.clip(np.rint(luma_out * 219 + 16), 0, 255).astype(np.uint8))
 
 
-def psnr(reference: Plane, picture: Plane) -> float:
-    """Peak signal-to-noise ratio in dB with peak 255; identical planes give 100."""
-    error = float(np.mean((reference.astype(np.float64) - picture) ** 2))
-    return 100.0 if error == 0 else 10 * float(np.log10(255**2 / error))
+def methods(
+    case: str, models: Mapping[str, Path], strength: float, threads: int
+) -> dict[str, Method]:
+    """The classical methods and the models that fit a case, by name."""
+    scale = 1 if case.startswith("same-") else 2
+    found: dict[str, Method] = {}
+    if scale == 2:
+        found["bicubic"] = classical(Interpolation.BICUBIC, scale)
+        found["lanczos"] = classical(Interpolation.LANCZOS, scale)
+    else:
+        found["untouched"] = classical(Interpolation.BICUBIC, scale)
+    for name, model in models.items():
+        if ("-1x" in name) == (scale == 1):
+            found[name] = network(model, strength, threads)
+    return found
 
 
-def flicker(reference: Sequence[Plane], planes: Sequence[Plane]) -> float:
-    """Mean absolute difference of the changes between neighbouring frames, in codes."""
-    total = []
-    for i in range(1, len(planes)):
-        change = planes[i].astype(np.float32) - planes[i - 1]
-        truth = reference[i].astype(np.float32) - reference[i - 1]
-        total.append(float(np.abs(change - truth).mean()))
-    return float(np.mean(total)) if total else 0.0
-
-
-def vmaf_neg(reference: Sequence[Plane], planes: Sequence[Plane]) -> float:
-    """Mean VMAF-NEG (model vmaf_v0.6.1neg) from the libvmaf of imageio-ffmpeg's program."""
-    height, width = reference[0].shape
-    width, height = width // 2 * 2, height // 2 * 2
-    chroma = bytes([128]) * (width * height // 2)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, group in (("ref", reference), ("out", planes)):
-            with (Path(folder) / f"{name}.yuv").open("wb") as file:
-                for plane in group:
-                    # As yuv420p: FFmpeg would rescale gray, which it takes to be full range.
-                    file.write(plane[:height, :width].tobytes() + chroma)
-        raw = ["-f", "rawvideo", "-pix_fmt", "yuv420p", "-s", f"{width}x{height}", "-r", "25"]
-        graph = "[0:v][1:v]libvmaf=model=version=vmaf_v0.6.1neg:log_fmt=json:log_path=vmaf.json"
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error"]
-        for name in ("out", "ref"):
-            command += [*raw, "-i", f"{name}.yuv"]
-        command += ["-lavfi", graph, "-f", "null", "-"]
-        subprocess.run(command, cwd=folder, check=True)
-        report = json.loads((Path(folder) / "vmaf.json").read_text())
-    return float(report["pooled_metrics"]["vmaf"]["mean"])
-
-
-def validation_window(path: Path, count: int) -> tuple[list[av.VideoFrame], int]:
-    """Frames of a clip up to the end of a window of `count` frames, and where the window begins.
-
-    The window lies in the clip's last odd second, which no training has seen.
-    """
-    whole = [to_frame(picture) for picture in pictures.read_clip(path)]
+def _windows(path: Path, count: int) -> list[tuple[int, int]]:
+    """The middle of each odd second of a clip: its number, and the first of `count` frames."""
     with av.open(str(path)) as container:
         times = [float(frame.time) for frame in container.decode(video=0)]
-    odd = [i for i, t in enumerate(times) if int(t - times[0]) % 2 == 1]
-    last = odd[-1]
-    begin = last
-    while begin - 1 in set(odd):
-        begin -= 1
-    begin = begin + max(0, (last - begin + 1 - count) // 2)
-    return whole[: begin + count], begin
+    seconds: dict[int, list[int]] = {}
+    for number, moment in enumerate(times):
+        seconds.setdefault(int(moment - times[0]), []).append(number)
+    return [
+        (second, numbers[0] + max(0, (len(numbers) - count) // 2))
+        for second, numbers in seconds.items()
+        if second % 2 == 1
+    ]
 
 
-def measure(
-    reference: Sequence[Plane], sources: Sequence[av.VideoFrame], enlarge: Enlarge, vmaf: bool
-) -> Figures:
-    """Run one method over a window of frames."""
-    started = time.perf_counter()
-    planes = [enlarge(frame) for frame in sources]
-    spent = (time.perf_counter() - started) * 1000 / len(planes)
-    return Figures(
-        psnr=float(np.mean([psnr(a, b) for a, b in zip(reference, planes, strict=True)])),
-        vmaf_neg=vmaf_neg(reference, planes) if vmaf else 0.0,
-        flicker=flicker(reference, planes),
-        ms=spent,
+def validation_window(path: Path, count: int) -> Scene:
+    """Up to `count` frames in the clip's last odd second, which no training has seen."""
+    begin = _windows(path, count)[-1][1]
+    frames = [to_frame(picture) for picture in pictures.read_clip(path)]
+    return Scene(path.stem, frames[: begin + count], begin)
+
+
+def _move(photo: pictures.Picture) -> list[pictures.Picture]:
+    """A pan or a zoom over a photograph, the same one every time."""
+    height, width = (
+        min(have, limit) // 4 * 4
+        for have, limit in zip(photo.y.shape, reversed(PHOTO_SIZE), strict=True)
+    )
+    first = pictures.stable_seed(photo.name)
+    for seed in range(first, first + 20):
+        frames = pictures.render(photo, np.random.default_rng(seed), width, height)
+        if not np.array_equal(frames[0].y, frames[-1].y):
+            return frames
+    raise ValueError(
+        f"{photo.name}: {photo.y.shape} leaves no room to move {width}x{height} over it"
     )
 
 
-Report = dict[str, dict[str, dict[str, Figures]]]  # case -> method -> clip
+def scenes(root: Path, source: str, count: int) -> Iterator[Scene]:
+    """All scenes of one of the `SOURCES`, `count` frames each to be measured."""
+    if source == "photos":
+        for path in pictures.photos(root, validation=True):
+            frames = [to_frame(picture) for picture in _move(pictures.load_photo(path))]
+            begin = (len(frames) - count) // 2
+            if begin < 0:
+                raise ValueError(f"got {count} frames, expected at most {len(frames)}")
+            yield Scene(path.stem, frames[: begin + count], begin)
+        return
+    for path in pictures.clips(root, validation=True):
+        if source == "clips":
+            yield validation_window(path, count)
+            continue
+        frames = [to_frame(picture) for picture in pictures.read_clip(path)]
+        for second, begin in _windows(path, count)[:-1]:
+            yield Scene(f"{path.stem}@{second}s", frames[: begin + count], begin)
+
+
+def run(
+    scene: Scene, case: str, found: Mapping[str, Method], folder: Path
+) -> tuple[Path, dict[str, Path], dict[str, float]]:
+    """Run methods over a scene, from file to file in a folder.
+
+    Returns the file of the original frames, and each method's file and milliseconds a frame.
+    """
+    original, given = folder / "original.mkv", folder / "given.mkv"
+    write(original, scene.frames[scene.begin :])
+    write(given, degraded(scene.frames, case)[scene.begin :])
+    outputs = {name: folder / f"out-{number}.mkv" for number, name in enumerate(found)}
+    return original, outputs, {name: found[name](given, out) for name, out in outputs.items()}
+
+
+def measure(
+    scene: Scene, case: str, found: Mapping[str, Method], *, vmaf: bool
+) -> dict[str, Figures]:
+    """Run methods over a scene, and compare what they made with the original."""
+    with tempfile.TemporaryDirectory() as folder:
+        original, outputs, ms = run(scene, case, found, Path(folder))
+        scores = compare(original, list(outputs.values()), vmaf=vmaf).scores
+    figures = {}
+    for name, score in zip(found, scores, strict=True):
+        if score.frames != len(scene.frames) - scene.begin:
+            raise RuntimeError(f"{scene.name}, {case}: a method lost frames, {score.frames} left")
+        figures[name] = Figures(score.psnr_db, score.vmaf_neg or 0.0, score.flicker, ms[name])
+    return figures
+
+
+Report = dict[str, dict[str, dict[str, Figures]]]  # case -> method -> scene
 
 
 def evaluate(
-    root: Path, models: dict[str, Path], cases: list[str], *, frames: int, threads: int,
-    strength: float, vmaf: bool,
+    root: Path, models: dict[str, Path], cases: list[str], *, source: str, frames: int,
+    threads: int, strength: float, vmaf: bool,
 ) -> Report:  # fmt: skip
-    """Measure every model and the classical methods in every case on every clip."""
+    """Measure every model and the classical methods in every case on every scene."""
     report: Report = {case: {} for case in cases}
-    for path in pictures.clips(root, validation=True):
-        whole, begin = validation_window(path, frames)
-        reference = [luma(frame) for frame in whole[begin:]]
-        for case in cases:
-            scale = 1 if case.startswith("same-") else 2
-            sources = degraded(whole, case)[begin:]
-            methods: dict[str, Enlarge] = {}
-            if scale == 2:
-                methods["bicubic"] = classical(Interpolation.BICUBIC, scale)
-                methods["lanczos"] = classical(Interpolation.LANCZOS, scale)
-            else:
-                methods["untouched"] = classical(Interpolation.BICUBIC, scale)
-            for name, model in models.items():
-                if ("-1x" in name) == (scale == 1):
-                    methods[name] = network(model, strength, threads)
-            for name, enlarge in methods.items():
-                found = measure(reference, sources, enlarge, vmaf)
-                report[case].setdefault(name, {})[path.stem] = found
+    prepared = {case: methods(case, models, strength, threads) for case in cases}
+    for scene in scenes(root, source, frames):
+        for case, found in prepared.items():
+            for name, figures in measure(scene, case, found, vmaf=vmaf).items():
+                report[case].setdefault(name, {})[scene.name] = figures
     return report
 
 
@@ -279,15 +355,18 @@ def table(report: Report) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="folder of clips")
+    parser.add_argument("--root", type=Path, required=True, help="folder of clips, of pictures")
+    parser.add_argument("--source", choices=SOURCES, default="clips")
     parser.add_argument("--models", type=Path, nargs="*", default=[])
     parser.add_argument("--cases", nargs="+", default=["clean", "crf27"])
-    parser.add_argument("--frames", type=int, default=12, help="consecutive frames a clip")
+    parser.add_argument("--frames", type=int, default=12, help="consecutive frames a scene")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--no-vmaf", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not (options.no_vmaf or has_vmaf()):
+        parser.error("this PyAV has no libvmaf; use PyAV 19 (Python 3.12 and later), or --no-vmaf")
     names = [p.stem for p in options.models]
     # Files of one name in several folders: tell them apart by the folder.
     labels = [
@@ -298,6 +377,7 @@ def main() -> None:
         options.root,
         dict(zip(labels, options.models, strict=True)),
         options.cases,
+        source=options.source,
         frames=options.frames,
         threads=options.threads,
         strength=options.strength,

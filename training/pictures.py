@@ -37,6 +37,8 @@ HELD_OUT_CLIPS = frozenset({"marathon"})
 # An interlaced clip and a copy of another clip with dropped frames: useless as truth.
 UNUSED_CLIPS = frozenset({"interlaced", "vfr"})
 
+LENGTH = 20  # frames in a rendered clip
+
 _WORDS = (  # noqa: SIM905
     "the of and to in is that for it was on are as with they at be this from have or by one had "
     "not but what all were when we there can an your which said if do will each about how up out "
@@ -52,6 +54,20 @@ class Picture:
     y: Plane
     u: Plane
     v: Plane
+
+
+def plane(frame: av.VideoFrame, index: int = 0) -> Plane:
+    """A copy of one plane of a planar 8-bit frame, uint8 (H, W); luma is plane 0."""
+    stored = frame.planes[index]
+    rows = np.frombuffer(stored, np.uint8).reshape(-1, stored.line_size)
+    return rows[: stored.height, : stored.width].copy()
+
+
+def to_frame(picture: Picture) -> av.VideoFrame:
+    """A yuv420p frame of a picture."""
+    height, width = picture.y.shape
+    packed = np.concatenate([p.reshape(-1) for p in (picture.y, picture.u, picture.v)])
+    return av.VideoFrame.from_ndarray(packed.reshape(height * 3 // 2, width), "yuv420p")
 
 
 def from_rgb(name: str, rgb: Image.Image) -> Picture:
@@ -112,14 +128,52 @@ def read_clip(path: Path, parity: int | None = None, step: int = 1) -> Iterator[
             if (kept - 1) % step:
                 continue
             height, width = frame.height // 4 * 4, frame.width // 4 * 4
-            planes = []
-            for index, (rows, columns) in enumerate(
-                ((height, width), (height // 2, width // 2), (height // 2, width // 2))
-            ):
-                plane = frame.planes[index]
-                stored = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-                planes.append(stored[:rows, :columns].copy())
-            yield Picture(f"{path.stem}#{kept - 1}", *planes)
+            y = plane(frame)[:height, :width]
+            u, v = (plane(frame, i)[: height // 2, : width // 2] for i in (1, 2))
+            yield Picture(f"{path.stem}#{kept - 1}", y, u, v)
+
+
+def _view(plane: Plane, box: tuple[float, ...], size: tuple[int, int]) -> Plane:
+    exact = all(float(v).is_integer() for v in box) and size == (box[2] - box[0], box[3] - box[1])
+    if exact:
+        x0, y0, x1, y1 = map(int, box)
+        return plane[y0:y1, x0:x1]
+    return np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC, box=box))
+
+
+def render(picture: Picture, rng: np.random.Generator, width: int, height: int) -> list[Picture]:
+    """A moving view of `width` x `height` over a still picture, `LENGTH` frames."""
+    full_h, full_w = picture.y.shape
+    limit = min(full_w / width, full_h / height)
+    zoom = min(limit, float(rng.choice([1.0, rng.uniform(1.1, 1.6), rng.uniform(1.5, 2.6)])))
+    kind = rng.choice(["still", "pan", "pan", "zoom"])
+    speed = rng.normal(0, 3.0, 2) if kind != "still" else np.zeros(2)
+    if zoom == 1.0 and rng.random() < 0.6:
+        speed = np.rint(speed / 2) * 2
+    growth = float(rng.uniform(-0.008, 0.008)) if kind == "zoom" else 0.0
+    start = rng.random(2)
+    frames = []
+    for number in range(LENGTH):
+        factor = float(np.clip(zoom * (1 + growth * number), 1.0, limit))
+        view_w, view_h = width * factor, height * factor
+        room = np.array([full_w - view_w, full_h - view_h])
+        corner = np.clip(start * room + speed * number, 0, np.maximum(room, 0))
+        if factor == 1.0 and np.all(speed == np.rint(speed)):
+            corner = corner // 2 * 2
+        x, y = float(corner[0]), float(corner[1])
+        box = (x, y, x + view_w, y + view_h)
+        box = (box[0], box[1], min(box[2], float(full_w)), min(box[3], float(full_h)))
+        small = tuple(v / 2 for v in box)
+        half = (width // 2, height // 2)
+        frames.append(
+            Picture(
+                picture.name,
+                _view(picture.y, box, (width, height)),
+                _view(picture.u, small, half),
+                _view(picture.v, small, half),
+            )
+        )
+    return frames
 
 
 def lettering(seed: int, width: int = 960, height: int = 540) -> Picture:

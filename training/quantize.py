@@ -19,6 +19,7 @@ import av
 import numpy as np
 
 from training import evaluate
+from training.pictures import read_clip, to_frame
 from vidpipe.frame import Color, Frame, FrameSpec, Matrix, Range, pixel_format
 from vidpipe.model.descriptor import describe, find_model
 from vidpipe.model.quantize import convert
@@ -53,7 +54,7 @@ def planes(frame: av.VideoFrame) -> Frame:
 
 def even_frames(path: Path, count: int) -> list[av.VideoFrame]:
     """Frames of a clip's even seconds, evenly spread."""
-    pictures = [evaluate.to_frame(p) for p in evaluate.pictures.read_clip(path)]
+    pictures = [to_frame(p) for p in read_clip(path)]
     with av.open(str(path)) as container:
         times = [float(frame.time) for frame in container.decode(video=0)]
     even = [i for i, t in enumerate(times) if int(t - times[0]) % 2 == 0]
@@ -63,15 +64,15 @@ def even_frames(path: Path, count: int) -> list[av.VideoFrame]:
 def loss_db(original: Path, copy: Path, clips: Sequence[Path], case: str) -> dict[str, float]:
     """PSNR against the truth that is lost by the copy, in dB, for each clip."""
     found = {}
+    files = {"original": original, "copy": copy}
     for clip in clips:
-        frames, begin = evaluate.validation_window(clip, WINDOW)
-        truth = [evaluate.luma(f) for f in frames[begin:]]
-        sources = evaluate.degraded(frames, case)[begin:]
-        scores = [
-            evaluate.measure(truth, sources, evaluate.network(path, 1.0, 2), False).psnr
-            for path in (original, copy)
-        ]
-        found[clip.stem] = round(scores[0] - scores[1], 3)
+        scores = evaluate.measure(
+            evaluate.validation_window(clip, WINDOW),
+            case,
+            {name: evaluate.network(path, 1.0, 2) for name, path in files.items()},
+            vmaf=False,
+        )
+        found[clip.stem] = round(scores["original"].psnr - scores["copy"].psnr, 3)
     found["mean"] = round(float(np.mean(list(found.values()))), 3)
     return found
 

@@ -9,13 +9,13 @@ where a model looks best.
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import numpy as np
-from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 
-from training import evaluate
+from training import evaluate, pictures
 
 HEADER = 18
 GAP = 4
@@ -25,15 +25,17 @@ def sheet(
     clip: Path, case: str, models: list[Path], strength: float, crop: int, rows: int
 ) -> Image.Image:
     """One row of luma crops a place, one column a method, with a line of names on top."""
-    whole, begin = evaluate.validation_window(clip, 1)
-    truth = evaluate.luma(whole[begin])
-    source = evaluate.degraded(whole, case)[begin]
-    scale = 1 if case.startswith("same-") else 2
-    columns = {"original": truth}
-    plain = "untouched" if scale == 1 else "lanczos"
-    columns[plain] = evaluate.classical(Interpolation.LANCZOS, scale)(source)
-    for path in models:
-        columns[path.stem] = evaluate.network(path, strength, 2)(source)
+    scene = evaluate.validation_window(clip, 1)
+    plain = "untouched" if case.startswith("same-") else "lanczos"
+    methods = evaluate.methods(case, {path.stem: path for path in models}, strength, 2)
+    methods.pop("bicubic", None)
+    with tempfile.TemporaryDirectory() as folder:
+        original, outputs, _ = evaluate.run(scene, case, methods, Path(folder))
+        columns = {
+            name: pictures.plane(evaluate.read(path)[0])
+            for name, path in {"original": original, **outputs}.items()
+        }
+    truth = columns["original"]
     error = np.abs(columns[plain].astype(np.float32) - truth)
     down, across = error.shape[0] // crop, error.shape[1] // crop
     blocks = error[: down * crop, : across * crop].reshape(down, crop, across, crop).mean((1, 3))

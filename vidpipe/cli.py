@@ -9,38 +9,79 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from typer.core import TyperGroup
 
 from vidpipe import __version__
-from vidpipe.commands.bench import bench
-from vidpipe.commands.cache import cache
-from vidpipe.commands.devices import devices, doctor
-from vidpipe.commands.models import models
 from vidpipe.errors import InputError, VerificationError, VidpipeError
 from vidpipe.graph import Graph, shipped_graphs
 from vidpipe.interrupts import interrupts
-from vidpipe.live.command import live
 from vidpipe.pipeline import Pipeline, Report, slowest_stage
 from vidpipe.providers.runtime import forbid_downloads
-from vidpipe.segments import SplitRun
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vidpipe.segments import SplitRun
 
 EXIT_STOPPED = 130
 
+_ELSEWHERE = {
+    "live": "vidpipe.live.command",
+    "bench": "vidpipe.commands.bench",
+    "models": "vidpipe.commands.models",
+    "devices": "vidpipe.commands.devices",
+    "doctor": "vidpipe.commands.devices",
+    "cache": "vidpipe.commands.cache",
+}
+"""Modules of commands that are loaded when they are called or listed."""
+
+
+class _Commands(TyperGroup):
+    """The commands of this module, and those of `_ELSEWHERE`."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = [name for name in super().list_commands(ctx) if name not in _ELSEWHERE]
+        return [*own, *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in _ELSEWHERE:
+            self._load(cmd_name)
+        elif cmd_name not in self.commands:  # the answer suggests names that are alike
+            for name in _ELSEWHERE:
+                self._load(name)
+        return super().get_command(ctx, cmd_name)
+
+    def _load(self, name: str) -> None:
+        found = getattr(import_module(_ELSEWHERE[name]), name)
+        holder = typer.Typer()
+        if isinstance(found, typer.Typer):
+            holder.add_typer(found, name=name)
+        else:
+            holder.command(name)(found)
+        self.commands[name] = typer.main.get_group(holder).commands[name]
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Real-time video enhancement.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+
+
+@cache
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
 
 
 class Quality(StrEnum):
@@ -78,14 +119,6 @@ class Deinterlace(StrEnum):
     never = "never"
 
 
-app.command()(live)
-app.command()(bench)
-app.command()(devices)
-app.command()(doctor)
-app.add_typer(models, name="models")
-app.add_typer(cache, name="cache")
-
-
 def main() -> None:
     """Run the command line and exit with a documented code."""
     try:
@@ -94,7 +127,7 @@ def main() -> None:
         _print_error(error)
         sys.exit(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        err.print("vidpipe: stopped")
+        _console(stderr=True).print("vidpipe: stopped")
         sys.exit(EXIT_STOPPED)
     except Exception as error:
         show = getattr(error, "show", None)
@@ -105,17 +138,17 @@ def main() -> None:
 
 
 def _print_error(error: VidpipeError) -> None:
-    _print_text(f"vidpipe: error: {error}", "red", err)
+    _print_text(f"vidpipe: error: {error}", "red", stderr=True)
 
 
-def _print_text(text: str, style: str = "", console: Console = out) -> None:
+def _print_text(text: str, style: str = "", *, stderr: bool = False) -> None:
     """Print a line as it is, however long: no wrapping and no markup."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    _console(stderr).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(value: bool) -> None:
     if value:
-        out.print(__version__)
+        _print_text(__version__)
         raise typer.Exit
 
 
@@ -376,7 +409,9 @@ def _jobs(paths: list[Path]) -> list[tuple[Path, Path]]:
 def _run(pipeline: Pipeline | SplitRun, source: Path, as_json: bool) -> Report:
     def finish() -> None:
         if pipeline.written()[0]:
-            err.print("vidpipe: finishing what was begun; press Ctrl-C again to stop now")
+            _print_text(
+                "vidpipe: finishing what was begun; press Ctrl-C again to stop now", stderr=True
+            )
             pipeline.stop()
         else:  # no file can be made of no frame
             pipeline.abort()
@@ -431,6 +466,9 @@ def _status(pipeline: Pipeline | SplitRun) -> str:
 def _show_progress(
     pipeline: Pipeline | SplitRun, name: str, frames: int | None, duration_s: float | None
 ) -> None:
+    # By now the stages are opening: nobody waits for this.
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -438,6 +476,7 @@ def _show_progress(
         TextColumn("{task.fields[line]}", markup=False),
         TimeRemainingColumn(),
     )
+    err = _console(stderr=True)
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(name, total=frames or duration_s, line="starting")
         while not pipeline.wait(0.1):
@@ -481,20 +520,22 @@ def _print_report(report: Report, destination: Path, as_json: bool) -> None:
         if report.outcome == "stopped":
             _print_text(f"stopped early: {destination} is complete up to {report.media_s:.3f} s")
         for note in report.notes:
-            _print_text(f"vidpipe: note: {note}", "yellow", err)
+            _print_text(f"vidpipe: note: {note}", "yellow", stderr=True)
     for problem in report.problems:
-        _print_text(f"vidpipe: problem: {problem}", "red", err)
+        _print_text(f"vidpipe: problem: {problem}", "red", stderr=True)
 
 
 @app.command()
 def graphs() -> None:
     """List the graphs that come with vidpipe."""
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("graph")
     table.add_column("what it does")
     for name in shipped_graphs():
         table.add_row(name, Graph.load(name).title)
-    out.print(table, markup=False)
+    _console().print(table, markup=False)
 
 
 @app.command()

@@ -54,7 +54,7 @@ class Capture(Source):
 
     A source that is lost is tried again, after an eighth of a second at first and every
     second at last. Meanwhile the last good picture is repeated five times a
-    second, so that sinks go on.
+    second, so that sinks go on. What comes before the other stages are open counts as early.
 
     Args:
         address: "camera", "camera:1", "screen", "screen:WxH+X,Y", a URL, a device of FFmpeg
@@ -104,6 +104,7 @@ class Capture(Source):
         self.losses = 0
         self.repeated = 0
         self.overwritten = 0
+        self.early = 0
         self.frames_read = 0
         self.notify: Callable[[dict[str, Any]], None] = lambda _event: None
         self._error: MediaError | None = None
@@ -246,7 +247,9 @@ class Capture(Source):
         if frame.pts < 0:
             frame.pts = round((frame.captured_s - self._start_s) / TIME_BASE)
         with self._changed:
-            if self._next is not None:
+            if self._next is not None and self._shown is None:
+                self.early += 1
+            elif self._next is not None:
                 self.overwritten += 1
             self._next = frame
             self.frames_read += 1
@@ -283,6 +286,7 @@ class Capture(Source):
             "summary": f"{self.frames_read} frames read, lost {self.losses} times",
             "frames": self.frames_read,
             "overwritten": self.overwritten,
+            "early": self.early,
             "repeated": self.repeated,
             "losses": self.losses,
         }

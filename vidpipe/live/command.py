@@ -107,6 +107,14 @@ def live(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="What models compute in: auto, fp32, fp16, int8 (tiers that have such a copy). "
+            "[default: auto]",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of each model.", rich_help_panel=_RUN)
     ] = None,
@@ -140,6 +148,7 @@ def live(
             "threads": threads,
         },
         device=device,
+        precision=precision,
         audio=audio,
         virtual_camera=virtual_camera,
         streams=stream or [],
@@ -187,6 +196,7 @@ def live_graph(
     capture: dict[str, Any] | None = None,
     enhance: dict[str, Any] | None = None,
     device: str | None = None,
+    precision: str | None = None,
     audio: bool | None = None,
     virtual_camera: bool = False,
     streams: list[str] | None = None,
@@ -201,6 +211,7 @@ def live_graph(
         graph: a shipped graph or a file; by default capture, enhance and the sinks.
         capture, enhance: options for all stages of that kind; None values are left out.
         device: what all models are to run on; None and "auto" leave that to the stages.
+        precision: what all models are to compute in; None leaves that to the stages.
         audio: pass sound on, where a stage has that option.
         virtual_camera, streams, records, page: sinks to add behind the last enhance stage.
         overrides: "stage.key=value" each.
@@ -243,6 +254,9 @@ def live_graph(
     if device not in (None, "auto"):
         for node in _with_models(built):
             built.set(node.name, "device", device)
+    if precision is not None:
+        for node in _with_models(built):
+            built.set(node.name, "precision", precision)
     if audio is not None:
         for use in ("capture", "stream", "record"):
             for node in built.using(use):
@@ -270,21 +284,25 @@ def place(graph: Graph, size: str | None = None, threads: int = 0) -> None:
         DeviceError: nothing can run models here.
         ModelError: the model cannot be used.
     """
-    from vidpipe.live.enhance import DEFAULT_TIERS, PLAIN
+    from vidpipe.live.enhance import DEFAULT_TIERS, PLAIN, tier_precisions
     from vidpipe.model.choose import choose
 
-    first: dict[str, str] = {}  # the best model of each stage that has any
+    first: dict[str, tuple[str, str]] = {}  # model and precision that each stage's times rest on
     for node in _with_models(graph):
         if node.options.get("device", "auto") == "auto":
             tiers = [node.options["model"]] if "model" in node.options else None
             tiers = tiers or node.options.get("tiers", DEFAULT_TIERS)
             if models := [t for t in tiers if t != PLAIN]:
-                first[node.name] = models[0]
+                asked = node.options.get("precision", "auto")
+                each = tier_precisions(models, asked)
+                best = each.index(asked)
+                first[node.name] = (models[best], each[best])
     if not first:
         return
     given = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size or "")  # the source refuses others
     known = (int(given[1]), int(given[2])) if given else None
-    choice = choose(None, next(iter(first.values())), known, threads=threads)
+    model, precision = next(iter(first.values()))
+    choice = choose(None, model, known, precision=precision, threads=threads)
     for name in first:
         graph.set(name, "device", choice.device)
         graph.set(name, "chosen", choice.reason)
@@ -426,6 +444,8 @@ class _Screen:
             line.append(f" {name}: {figures['tier_now']}")
             line.append(f" ({figures['tier']})  strength {figures['strength']:.2f}")
             line.append(f"  budget {figures['latency_budget_ms']} ms  {figures['provider']}")
+            if figures["precision"] is not None:
+                line.append(f" {figures['precision']}")
             drops = source.get("drops", {}).get("entrance", 0)
             line.append(f"  dropped at the entrance: {drops}")
             lines.append(line)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from vidpipe.device import CPU, Device, Event, Ring, Slot, import_cupy, new_stream, setup_lock
-from vidpipe.errors import InputError, SpecError
+from vidpipe.errors import InputError, ModelError, SpecError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.live.controls import AUTO, Controls, Settings
 from vidpipe.live.governor import Governor
 from vidpipe.media.convert import Converter, frame_from, planes_of
+from vidpipe.model.descriptor import MODELS, describe, find_model
 from vidpipe.model.stage import Model
+from vidpipe.model.variant import check_precision, int8_copy
 from vidpipe.stage import Stage, register
 
 PLAIN = "scale"
@@ -79,6 +81,8 @@ class Enhance(Stage):
         strength: 0 to 1; the model's own strength input, or how much of its result is mixed
             into the plainly scaled picture.
         device: as for the model stage.
+        precision: as for the model stage; "int8" holds for the tiers that have such a copy, see
+            `tier_precisions`.
         chosen: why this device was chosen, for the report.
         threads: as for the model stage.
 
@@ -96,9 +100,11 @@ class Enhance(Stage):
         tier: str = AUTO,
         strength: float = 1.0,
         device: str = "auto",
+        precision: str = "auto",
         chosen: str = "",
         threads: int = 0,
     ) -> None:
+        check_precision(precision)
         if not 0 < latency_budget_s <= 10:
             raise InputError(
                 f"the latency budget is {latency_budget_s} s", hint="Expected more than 0, up to 10"
@@ -106,9 +112,13 @@ class Enhance(Stage):
         models = [t for t in (DEFAULT_TIERS if tiers is None else tiers) if t != PLAIN]
         self.budget_s = latency_budget_s
         self.device = device
+        self.precision = precision
         self.chosen = chosen
         self.tiers = [*models, PLAIN]
-        self.models = [Model(model=m, device=device, threads=threads) for m in models]
+        # Whatever has to be compiled is compiled before the first frame.
+        self.models = [
+            Model(model=m, device=device, threads=threads, wait_compile=True) for m in models
+        ]
         self.controls = Controls(self.tiers)
         self.controls.change({"tier": tier, "strength": strength})
         self.governor: Governor | None = None
@@ -124,6 +134,8 @@ class Enhance(Stage):
         self._stream: Any = None
         self._ring: Ring | None = None
         self._provider = ""
+        self._precisions: list[str] = []
+        self._said = False
 
     def device_for(self, spec: FrameSpec) -> Device:
         """Return where the models take frames; without a model, where they are."""
@@ -134,9 +146,12 @@ class Enhance(Stage):
 
         Raises:
             SpecError: the tiers do not agree.
-            ModelError: a model cannot be used.
+            ModelError: a model cannot be used, or none has a copy in int8.
         """
         self._spec = spec
+        asked = tier_precisions(self.tiers[:-1], self.precision)
+        for model, precision in zip(self.models, asked, strict=True):
+            model.precision = precision
         outs = [model.plan(spec) for model in self.models]
         self._out = outs[0] if outs else spec
         for name, out in zip(self.tiers, outs, strict=False):
@@ -167,6 +182,8 @@ class Enhance(Stage):
                 model.memory_bytes = self.memory_bytes // len(self.models)
             model.open()
         self._provider = self._providers()
+        self._precisions = [str(model.report()["precision"]) for model in self.models]
+        self._say_precision()
         with self._queued():
             sample = _grey(self._spec)
         self.costs_s = [self._cost(tier, sample) for tier in range(len(self.tiers))]
@@ -175,14 +192,29 @@ class Enhance(Stage):
         self._tier = None
         self._applied = None
 
+    def _say_precision(self) -> None:
+        """Announce once which tiers do not run in int8 although it was asked for."""
+        others = {n: p for n, p in zip(self.tiers, self._precisions, strict=False) if p != "int8"}
+        if self.precision != "int8" or not others or self._said:
+            return
+        self._said = True
+        listed = ", ".join(f"{name} in {precision}" for name, precision in others.items())
+        self.notify(
+            {
+                "event": "precision",
+                "filter": self.name,
+                "reason": f"not every tier has a copy in int8: {listed}",
+            }
+        )
+
     def _cost(self, tier: int, sample: Frame) -> float:
-        costs = []
-        for _ in range(3):
+        costs: list[float] = []
+        # The first run may take several times as long as the next. A tier that is too slow for
+        # anything is not run so often: it would only delay the start.
+        while len(costs) < 4 and sum(costs) < 10 * self.budget_s:
             start_s = self.clock.now_s()
             self._run(tier, sample)
             costs.append(self.clock.now_s() - start_s)
-            if costs[-1] > self.budget_s:
-                break  # too slow for anything; more of it would only delay the start
         return min(costs)  # whatever disturbs a measurement makes it longer
 
     def close(self) -> None:
@@ -349,6 +381,12 @@ class Enhance(Stage):
         """Return device and execution provider of the models, one line; "" before `open`."""
         return self._provider
 
+    @property
+    def precision_now(self) -> str | None:
+        """What the tier in use computes in; None for plain scaling."""
+        tier = len(self.models) if self._tier is None else self._tier
+        return self._precisions[tier] if tier < len(self._precisions) else None
+
     def _providers(self) -> str:
         found = set()
         for model in self.models:
@@ -364,10 +402,38 @@ class Enhance(Stage):
             "costs_s": [round(c, 5) for c in self.costs_s],
             "steps": self._steps,
             "provider": self._provider,
+            "precisions": list(self._precisions),
             "chosen": self.chosen or None,
             "models": [model.report()["summary"] for model in self.models],
             **self.controls.settings.to_dict(),
         }
+
+
+def tier_precisions(models: Sequence[str], precision: str) -> list[str]:
+    """Return the `precision` of each tier's model stage.
+
+    It is the one asked for. Only int8 needs a copy of the model, which not every model has:
+    the tiers without one run in what "auto" means for them.
+
+    Args:
+        models: built-in names or paths of ONNX files.
+        precision: as for the model stage.
+
+    Raises:
+        ModelError: int8 was asked for, and no tier has it; a model cannot be used.
+    """
+    if precision != "int8" or not models:
+        return [precision] * len(models)
+    found = [describe(find_model(model)) for model in models]
+    able = [d.precision == "int8" or int8_copy(d) is not None for d in found]
+    if not any(able):
+        shipped = sorted(path.stem for path in (MODELS / "int8").glob("*.onnx"))
+        raise ModelError(
+            f"no tier has a copy in int8: {', '.join(models)}",
+            hint=f"Use {', '.join([*shipped, 'another precision'])}, or make a copy with: "
+            "vidpipe models quantize MODEL --calibrate CLIP",
+        )
+    return ["int8" if one else "auto" for one in able]
 
 
 def mix(before: tuple[Array, ...], after: tuple[Array, ...], weight: float) -> tuple[Array, ...]:

@@ -31,6 +31,7 @@ FAILURES = (OSError, ValueError, av.error.FFmpegError)
 
 _LOW_DELAY = 1 << 19  # AV_CODEC_FLAG_LOW_DELAY
 _JUMP_S = 0.5
+_SOUND_AHEAD_S = 0.25
 
 
 class Timeline:
@@ -145,30 +146,43 @@ class Connection:
         Raises:
             MediaError: the source is lost.
         """
-        arrivals: dict[int | None, float] = {}
         streams = [s for s in (self._video, self._audio) if s is not None]
-        pace = None if self.address.paced else _Pace(self._clock, self._stop)
+        begin, end_s = self._container.start_time, 0.0
+        pace = None
+        if not self.address.paced:
+            pace = _Pace(self._clock, self._stop, None if begin is None else begin / av.time_base)
+            self._timeline.map(0.0 if begin is None else begin / av.time_base)
         try:
             for packet in self._container.demux(streams):
                 if self._stop.is_set():
                     return
-                stamp = packet.dts if packet.dts is not None else packet.pts
+                stamp = packet.dts
+                if stamp is None and pace is None:
+                    stamp = packet.pts
                 if stamp is not None:
                     source_s = float(stamp * packet.time_base)
-                    if pace is not None:
-                        pace.wait(source_s)
-                    self._timeline.map(source_s)
+                    if pace is not None and packet.stream is not self._video:
+                        # Pictures that the decoder holds until the end must not wait for it.
+                        pace.wait(source_s - _SOUND_AHEAD_S)
+                    else:
+                        if pace is not None:
+                            pace.wait(source_s)
+                        self._timeline.map(source_s)
                 now_s = self._clock.now_s()
                 if packet.stream is not self._video:
                     self._hear(packet)
                     continue
-                arrivals[packet.pts] = now_s
                 for picture in _decoded(packet):
-                    yield self._frame(picture, arrivals.pop(picture.pts, now_s))
-                while len(arrivals) > 64:
-                    arrivals.pop(next(iter(arrivals)))
+                    # A picture that waits for others, as B-frames make it, comes with the last.
+                    if pace is not None and picture.time is not None:
+                        pace.wait(float(picture.time))
+                        now_s = self._clock.now_s()
+                        end_s = float(picture.time + 1 / (self._video.average_rate or 25))
+                    yield self._frame(picture, now_s)
         except FAILURES as error:
             raise source_error(self.address, error) from None
+        if pace is not None:
+            pace.wait(end_s)  # the last picture has its time too, before a file begins anew
 
     def _frame(self, picture: av.VideoFrame, captured_s: float) -> Frame:
         time_s = None
@@ -202,12 +216,18 @@ def _decoded(packet: Any) -> list[Any]:
 
 
 class _Pace:
-    """Lets a file's packets through in their own time."""
+    """Lets a file's packets and pictures through in their own time.
 
-    def __init__(self, clock: Clock, stop: threading.Event) -> None:
+    Args:
+        clock: tells the time.
+        stop: ends the waiting.
+        begin_s: what of the file is due now; the first that comes, if not known.
+    """
+
+    def __init__(self, clock: Clock, stop: threading.Event, begin_s: float | None) -> None:
         self._clock = clock
         self._stop = stop
-        self._offset_s: float | None = None
+        self._offset_s = None if begin_s is None else clock.now_s() - begin_s
 
     def wait(self, source_s: float) -> None:
         now_s = self._clock.now_s()

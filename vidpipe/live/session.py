@@ -163,7 +163,7 @@ class Live:
         """Change controls of a filter; all of the changes or, if one is wrong, none.
 
         Args:
-            changes: see `Settings`; "latency_budget_s" too.
+            changes: see `Settings`.
             name: of the filter; the first if not given.
 
         Returns:
@@ -250,7 +250,10 @@ class Live:
             "state": source.state,
             "reason": source.reason,
             "frames": source.frames_read,
-            "drops": {"entrance": entrance + source.overwritten},
+            "drops": {
+                "entrance": entrance + source.overwritten,
+                **({"starting": source.early} if source.early else {}),
+            },
             "repeated": source.repeated,
             "losses": source.losses,
             "spec": str(spec) if spec else None,
@@ -268,6 +271,7 @@ class Live:
             "costs_ms": [round(c * 1000, 1) for c in (governor.costs_s if governor else [])],
             "frames": progress.frames_in,
             "provider": stage.provider(),
+            "precision": stage.precision_now,
             "chosen": stage.chosen or None,
             "size": None if pair is None else str(pair[1].spec),
             "source": self.graph.root(name).name,

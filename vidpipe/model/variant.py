@@ -65,13 +65,8 @@ def variant(model: Descriptor, precision: str, *, on_cpu: bool, provider: str = 
     check_precision(precision)
     if precision in _NARROW:
         return _narrow(model, precision, provider)
-    if provider == _NO_INT8 and (
-        precision == "int8" or (model.precision, precision) == ("int8", "auto")
-    ):
-        raise SpecError(
-            "CUDA runs no convolutions in int8",
-            hint="Leave out the precision, with a float32 file: float16 is faster there",
-        )
+    if precision == "int8" or (model.precision, precision) == ("int8", "auto"):
+        check_int8(provider)
     if model.precision == "int8" and precision in ("auto", "int8"):
         return Variant(model, not on_cpu, "int8")
     if model.precision == "int8":
@@ -105,6 +100,19 @@ def check_precision(precision: str) -> None:
     if precision not in PRECISIONS:
         raise SpecError(
             f"precision '{precision}' is not known", hint=f"Use {', '.join(PRECISIONS)}"
+        )
+
+
+def check_int8(provider: str) -> None:
+    """Refuse a provider that has no convolutions in int8.
+
+    Raises:
+        SpecError: it has none.
+    """
+    if provider == _NO_INT8:
+        raise SpecError(
+            "CUDA runs no convolutions in int8",
+            hint="Leave out the precision, with a float32 file: float16 is faster there",
         )
 
 

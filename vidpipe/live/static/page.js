@@ -114,7 +114,7 @@ function showFilter(filter) {
   $("wipe").disabled = filter.wipe === null;
   $("wipe-value").textContent = filter.wipe === null ? "" : `${Math.round(filter.wipe * 100)} %`;
   if (filter.wipe !== null) slide($("wipe"), filter.wipe);
-  $("provider").textContent = filter.provider;
+  $("provider").textContent = filter.provider + (filter.precision ? `, ${filter.precision}` : "");
   $("size").textContent = filter.size || "";
   if (source) {
     $("source").textContent = `${source.state}, ${source.spec || ""}` +

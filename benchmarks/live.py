@@ -332,7 +332,12 @@ def outage(model: str, seconds: float, models: Models) -> dict[str, Any]:
         live = None
         while live is None:
             graph = Graph().add("in", "capture", address=address)
-            options = {"tiers": [model], "tier": model, "latency_budget_s": 1.0, **models}
+            options = {
+                "tiers": [model],
+                "tier": model,
+                "latency_budget_s": LATENCY_MS / 1000,
+                **models,
+            }
             graph.add("enhance", "enhance", "in", **options)
             graph.add("out", Callback(take), "enhance")
             try:
@@ -445,7 +450,7 @@ def soak(
         seen[0], seen[1] = seen[0] + 1, number
 
     graph = Graph().add("in", Frames(source.spec, source))
-    options = {"tiers": [model], "tier": model, "latency_budget_s": 1.0, **models}
+    options = {"tiers": [model], "tier": model, "latency_budget_s": LATENCY_MS / 1000, **models}
     graph.add("enhance", "enhance", "in", **options)
     graph.add("out", Callback(take), "enhance")
     if "stream" in sinks:

@@ -55,6 +55,18 @@ def test_latest_drops_the_oldest_and_counts_it() -> None:
     assert link.statistics().dropped == 3
 
 
+@pytest.mark.parametrize(("policy", "kept"), [(Policy.LATEST, 2), (Policy.BLOCK, 0)])
+def test_stale_frames_are_left_out_while_later_ones_wait(policy: Policy, kept: int) -> None:
+    given = frames(4)
+    link = Link(4, policy, stale=lambda frame: frame is not given[2])
+    for frame in given:
+        link.put(frame)
+    link.end()
+    # The last one is stale too, but there is none behind it.
+    assert list(link) == given[kept:]
+    assert link.statistics().dropped == kept
+
+
 def test_close_wakes_a_waiting_writer_and_a_waiting_reader() -> None:
     full, empty = Link(1), Link(1)
     (one, two) = frames(2)

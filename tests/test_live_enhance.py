@@ -55,6 +55,22 @@ def test_the_enhance_stage_gives_the_models_own_pictures(doubler: str) -> None:
     stage.close()
 
 
+def test_a_waiting_frame_is_stale_when_it_would_miss_the_budget(doubler: str) -> None:
+    clock = ManualClock()
+    stage = Enhance(tiers=[doubler], latency_budget_s=0.1)
+    frame = pattern(spec(), 0)
+    assert not stage.stale(frame)  # nothing is known yet
+    open_stage(stage, spec(), clock)
+    assert stage.governor is not None
+    frame.captured_s = clock.now_s()
+    stage.governor.costs_s[0] = 0.03
+    clock.advance(0.04)
+    assert not stage.stale(frame)
+    stage.governor.downstream_s = 0.02
+    assert stage.stale(frame)
+    stage.close()
+
+
 def test_controls_act_from_the_next_frame_on(doubler: str, other: str) -> None:
     stage = open_stage(Enhance(tiers=[other, doubler], latency_budget_s=5), spec())
     frame = pattern(spec(), 1)

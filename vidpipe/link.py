@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,7 +24,8 @@ class Policy(Enum):
     """The writer waits. Files lose nothing."""
 
     LATEST = "latest"
-    """The oldest queued frame is dropped and counted. For the entrance of live graphs."""
+    """The oldest queued frame is dropped and counted. For the entrance of live graphs: there
+    a reader may also leave out what waited too long."""
 
 
 class LinkClosed(Exception):
@@ -58,6 +59,8 @@ class Link:
         capacity: the most frames that may wait, at least 1.
         policy: what a full link does.
         clock: source of the waiting times.
+        stale: with `Policy.LATEST`, says that a waiting frame comes too late; it is dropped if
+            a later one waits.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class Link:
         capacity: int = 2,
         policy: Policy = Policy.BLOCK,
         clock: Clock | None = None,
+        stale: Callable[[Frame], bool] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}, expected at least 1")
         self.capacity = capacity
         self.policy = policy
         self._clock = clock or MonotonicClock()
+        self._stale = stale if policy is Policy.LATEST else None
         self._queue: deque[Frame] = deque()
         self._changed = threading.Condition()
         self._ended = False
@@ -129,6 +134,9 @@ class Link:
                 if not self._queue:
                     return
                 frame = self._queue.popleft()
+                while self._queue and self._stale is not None and self._stale(frame):
+                    frame = self._queue.popleft()
+                    self._dropped += 1
                 self._got += 1
                 self._changed.notify_all()
             yield frame

@@ -337,10 +337,9 @@ def _ring_bytes(runners: Iterable[_Runner], specs: dict[str, FrameSpec]) -> int:
 def _link(writer: Actor, reader: Actor, capacity: int, clock: Clock) -> Link:
     """Return the link between two actors; at the ends of a live graph the latest frame wins."""
     policy = writer.policy if isinstance(writer, Source | Transfer) else Policy.BLOCK
-    if isinstance(reader, Sink):
-        policy = Policy.LATEST if reader.policy is Policy.LATEST else policy
-        capacity = reader.capacity or capacity
-    return Link(capacity, policy, clock)
+    if isinstance(reader, Sink) and reader.policy is Policy.LATEST:
+        policy = Policy.LATEST
+    return Link(reader.capacity or capacity, policy, clock, reader.stale)
 
 
 class _Run(Protocol):

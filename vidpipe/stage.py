@@ -41,6 +41,9 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     ring_depth: int = 4
     """Slots that a ring of the actor's output needs; set by the pipeline before `open`."""
 
+    capacity: int | None = None
+    """Frames that the link before the actor holds; by default as many as the other links."""
+
     takes_memory: bool = False
     """Whether the actor takes much GPU memory besides its ring, as a model does."""
 
@@ -58,6 +61,13 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
         stage that knows nothing of devices gets NumPy arrays, ready to be read.
         """
         return CPU
+
+    def stale(self, frame: Frame) -> bool:  # noqa: ARG002 - for subclasses
+        """Return whether a frame that waits comes too late.
+
+        Behind a live source it is dropped then. Only asked while a later frame waits too.
+        """
+        return False
 
     def close(self) -> None:
         """Let go of everything. Called once on the actor's thread, also after an error."""
@@ -129,9 +139,6 @@ class Sink(_Actor):
     policy: Policy = Policy.BLOCK
     """What the link before the sink does when it is full. Live sinks use LATEST, so that one
     that stalls does not hold up the others."""
-
-    capacity: int | None = None
-    """Frames that the link before the sink holds; by default as many as the other links."""
 
     holds: int = 0
     """Frames whose planes the sink keeps beyond `write`, as far as known after `plan`."""

@@ -91,6 +91,9 @@ class Enhance(Stage):
     """
 
     takes_memory = True
+    capacity = 3
+    """Frames may wait for as long as the budget allows, so that a hiccup of the machine costs time
+    and no frame; see `stale`."""
 
     def __init__(
         self,
@@ -227,6 +230,15 @@ class Enhance(Stage):
         """Go on with other frames: every tier is opened anew."""
         with nullcontext() if spec.device == CPU else setup_lock:
             return super().replan(spec)
+
+    def stale(self, frame: Frame) -> bool:
+        """Return whether a frame that waits is likely to miss the budget."""
+        governor = self.governor
+        if governor is None:
+            return False
+        spent_s = self.clock.now_s() - frame.captured_s
+        left_s = governor.costs_s[self._tier or 0] + governor.downstream_s
+        return spent_s + left_s > governor.ROOM * self.budget_s
 
     def process(self, frame: Frame) -> Iterable[Frame]:
         """Enhance one frame, as the controls say."""

@@ -399,13 +399,14 @@ def test_what_cannot_be_measured_is_refused_in_a_line(
 
 def _vidpipe(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     root = str(Path(vidpipe.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.run(
         [sys.executable, "-m", "vidpipe", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
         cwd=cwd,
-        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": root},
+        env={**os.environ, "COLUMNS": "200", "PYTHONPATH": path},
     )
 
 

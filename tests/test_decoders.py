@@ -64,6 +64,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, rates: Rates, frames: int | None = N
     ("engines", "decode", "models", "count", "note"),
     [
         (7, 510.0, 730.0, 2, "decode 510 fps, models 730 fps: 2 decoders on each GPU"),
+        (7, 500.0, 985.0, 3, "decode 500 fps, models 985 fps: 3 decoders on each GPU"),
         (7, 510.0, 1100.0, 3, "decode 510 fps, models 1100 fps: 3 decoders on each GPU"),
         (7, 100.0, 9000.0, 4, "decode 100 fps, models 9000 fps: 4 decoders on each GPU"),
         (7, 510.0, 164.0, 1, "decode 510 fps, models 164 fps: 1 decoder on each GPU"),

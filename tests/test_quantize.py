@@ -261,14 +261,14 @@ def test_no_frame_is_calibrated_on_and_compared(count: int, clips: int) -> None:
 
 
 def test_the_nano_tier_has_int8_copies_of_its_very_files() -> None:
-    assert [p.stem for p in INT8] == ["clean-2x-nano", "nano-2x"]
+    assert [p.stem for p in INT8] == ["clean-1x-nano", "clean-2x-nano", "nano-2x"]
     for path in INT8:
         original, copy = describe(find_model(path.stem)), describe(path)
         assert copy.source_sha256 == original.sha256
         assert copy.precision == "int8"
         assert path.stat().st_size < 60_000
         kinds = [n.op_type for n in onnx.load(str(path)).graph.node]
-        assert kinds.count("Conv") == 6
+        assert kinds.count("Conv") == (5 if "1x" in path.stem else 6)
     assert "int8" not in {m.precision for m in builtin_models()}
 
 
@@ -391,7 +391,7 @@ def test_quantize_from_the_command_line(tmp_path: Path, clip: Path) -> None:
 def test_models_and_cache_from_the_command_line(tmp_path: Path) -> None:
     listed = json.loads(command("models", "--json", cache=tmp_path).stdout)["models"]
     copies = {m["name"] for m in listed if m["int8"]}
-    assert copies == {"nano-2x", "clean-2x-nano"}
+    assert copies == {"nano-2x", "clean-1x-nano", "clean-2x-nano"}
     warm = command("cache", "warm", "restore-2x", "--size", "96x64", cache=tmp_path / "cache")
     assert warm.returncode == 0, warm.stderr
     assert "nodes on " in warm.stdout

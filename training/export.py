@@ -28,7 +28,7 @@ from torch import Tensor
 
 from training.networks import SPECS, NetSpec, PlaneNet, cubic_phases
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 OPSET = 18
 IR_VERSION = 10
 DESCRIPTIONS = {

@@ -25,6 +25,9 @@ MOST = 4
 WORTH_FRAMES = 3000
 """A shorter file is done before a second decoder has made up for the measurement."""
 
+SPARE = 1.1
+"""How much faster the decoders should be alone than the models: beside these they are slower."""
+
 _MEASURED_S = 0.4
 _LEAD_IN = 16
 _KEPT = 4
@@ -34,7 +37,7 @@ def choose(graph: Graph, source: str, sink: str, head: Any, clock: Clock) -> tup
     """Return how many decoders of its GPU a graph is worth, and why, in a line.
 
     One, where the frames are decoded by the CPU, or encoded by it: then that is the bound.
-    Else the models' rate over the decoder's, rounded up, as far as so many decoders really are
+    Else `SPARE` times the models' rate over the decoder's, rounded up, as far as so many decoders really are
     that much faster than one: a chip with a single engine gains nothing.
 
     Args:
@@ -79,7 +82,9 @@ def _decide(sample: Sample) -> tuple[int, str]:
 
 def wanted(decode_fps: float, models_fps: float | None) -> int:
     """Return how many decoders keep the models busy; `MOST` where there are none (None)."""
-    return MOST if models_fps is None else min(max(ceil(models_fps / decode_fps), 1), MOST)
+    if models_fps is None:
+        return MOST
+    return min(max(ceil(SPARE * models_fps / decode_fps), 1), MOST)
 
 
 class Sample:

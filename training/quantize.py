@@ -3,8 +3,8 @@
     python -m training.quantize --root CLIPS --out vidpipe/models/int8
 
 Calibrated on even seconds of the clips and on none of those that are measured, in the cases
-that the network is for (`training.evaluate`), and on drawn pages of text where that costs little. Weights are kept within 7 bits, so that one file
-serves processors with and without VNNI.
+that the network is for (`training.evaluate`), and on drawn pages of text where that costs little.
+Weights are kept within 7 bits, so that one file serves processors with and without VNNI.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def choose(graph: Graph, source: str, sink: str, head: Any, clock: Clock) -> tup
     """Return how many decoders of its GPU a graph is worth, and why, in a line.
 
     One, where the frames are decoded by the CPU, or encoded by it: then that is the bound.
-    Else `SPARE` times the models' rate over the decoder's, rounded up, as far as so many decoders really are
-    that much faster than one: a chip with a single engine gains nothing.
+    Else `SPARE` times the models' rate over the decoder's, rounded up, as far as so many decoders
+    really are that much faster than one: a chip with a single engine gains nothing.
 
     Args:
         graph: a chain from the decode stage `source` to an encode or null stage `sink`, its

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -158,6 +159,7 @@ class Script(SimpleNamespace):
         eager_ms, replay_ms: what a run takes.
         sessions: the provider options, session entries and run entries of every session.
         kernels: names of the kernels that were launched.
+        compiled: the provider options of every model that was compiled into a file.
     """
 
 
@@ -165,9 +167,10 @@ class _Session:
     """Runs the graph on the CPU, when the stream comes to it."""
 
     def __init__(
-        self, script: Script, proto: bytes, options: Any, providers: Any = None, **_: Any
+        self, script: Script, proto: bytes | str, options: Any, providers: Any = None, **_: Any
     ) -> None:
-        shape = onnx.load_from_string(proto).graph.input[0].type.tensor_type.shape.dim
+        loaded = onnx.load(proto) if isinstance(proto, str) else onnx.load_from_string(proto)
+        shape = loaded.graph.input[0].type.tensor_type.shape.dim
         if int(np.prod([d.dim_value for d in shape])) > script.fits:
             raise RuntimeError("[ONNXRuntimeError] : 6 : X : Failed to allocate memory for buffer")
         self.script = script
@@ -237,7 +240,7 @@ def installed() -> Iterator[Script]:
     """Put the doubles in place of the modules; give what directs them."""
     script = Script(
         free=1 << 40, fits=1 << 40, providers=["CUDAExecutionProvider"], capture="ok",
-        replay="ok", eager_ms=2.0, replay_ms=1.0, sessions=[], kernels=[],
+        replay="ok", eager_ms=2.0, replay_ms=1.0, sessions=[], kernels=[], compiled=[],
     )  # fmt: skip
 
     pool: list[Array] = []
@@ -290,6 +293,12 @@ def installed() -> Iterator[Script]:
         return _Session(script, proto, options, **others)
 
     ort.InferenceSession = inference_session
+
+    def compiler(options: Any, graph: bytes, **_: Any) -> Any:
+        script.compiled.append(options.devices[1])
+        return SimpleNamespace(compile_to_file=lambda path: Path(path).write_bytes(graph))
+
+    ort.ModelCompiler = compiler
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy)
         pinned = SimpleNamespace(empty_pinned=lambda *what: empty(*what).view(np.ndarray))

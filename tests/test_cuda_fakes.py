@@ -17,6 +17,7 @@ from vidpipe.device import Device, Ring, new_stream
 from vidpipe.errors import DeviceError, DeviceMemoryError
 from vidpipe.frame import Frame
 from vidpipe.graph import Graph
+from vidpipe.model.cache import Cache
 from vidpipe.model.compile import compile_model
 from vidpipe.model.cuda import CudaSession
 from vidpipe.model.descriptor import describe
@@ -119,6 +120,19 @@ def test_a_pipeline_moves_frames_where_the_model_is_and_waits_for_them(tmp_path:
     assert not Pipeline(graph).run().problems
 
 
+def on_rtx() -> Found:
+    """TensorRT for RTX as ONNX Runtime would offer it on a card."""
+    card = SimpleNamespace(
+        type="OrtHardwareDeviceType.GPU",
+        metadata={},
+        vendor="NVIDIA",
+        vendor_id=0x10DE,
+        device_id=1,
+    )
+    rtx = provider("rtx")
+    return Found(rtx, rtx.ep, SimpleNamespace(device=card, ep_metadata={"version": "1.0"}))
+
+
 def test_a_luma_model_runs_between_the_kernels(tmp_path: Path, script: Any) -> None:
     path = str(modelgen.nearest(tmp_path / "m.onnx", 2))
     _, report = run(3, Model(model=path, device="cuda"))
@@ -135,17 +149,10 @@ def test_the_providers_get_their_own_options(tmp_path: Path, script: Any) -> Non
     assert {e["gpu_graph_id"] for e in runs} == {"-1", "1", "2"}
     assert made.graph.used
     assert (made.graph.eager_ms, made.graph.replay_ms) == (2.0, 1.0)
-    rtx = provider("rtx")
-    card = SimpleNamespace(
-        type="OrtHardwareDeviceType.GPU",
-        metadata={},
-        vendor="NVIDIA",
-        vendor_id=0x10DE,
-        device_id=1,
-    )
-    plug = SimpleNamespace(device=card, ep_metadata={"version": "1.0"})
+    found = on_rtx()
+    rtx, plug = found.provider, found.device
     script.providers = [rtx.ep]
-    made, _ = session(tmp_path, Found(rtx, rtx.ep, plug), memory_bytes=1 << 20)
+    made, _ = session(tmp_path, found, memory_bytes=1 << 20)
     options, _, runs, attached = script.sessions[-1]
     assert attached[0] == [plug]
     assert (options["enable_cuda_graph"], options["has_user_compute_stream"]) == ("1", "1")
@@ -153,6 +160,26 @@ def test_the_providers_get_their_own_options(tmp_path: Path, script: Any) -> Non
     assert Path(options["nv_runtime_cache_path"]).is_dir()
     assert {e["cuda_graph_annotation_id"] for e in runs} == {"-1", "1", "2"}
     assert made.nodes_by_provider() == {rtx.ep: 2}
+    made.close()
+
+
+def test_what_rtx_compiles_is_kept(
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDPIPE_CACHE", str(tmp_path / "cache"))
+    found = on_rtx()
+    script.providers = [found.ep]
+    for _ in range(2):
+        made, _ = session(tmp_path, found)
+        assert made.note == ""
+        made.close()
+    assert [options["user_compute_stream"] != "" for options in script.compiled] == [True]
+    (kept,) = (entry for entry in Cache().entries() if entry.kind == "context")
+    file = next(kept.folder.glob("*.onnx"))
+    file.write_bytes(b"no model")
+    made, _ = session(tmp_path, found)
+    assert made.note
+    assert len(script.compiled) == 2
     made.close()
 
 

@@ -55,10 +55,12 @@ class CudaSession:
         strength: first value of the strength input, where the model has one.
         graph: capture and replay CUDA graphs, where that proves equal and no slower.
         memory_bytes: the most that the provider may allocate; None for all there is.
+        name: of the model, for who looks into the cache.
 
     Attributes:
         inputs: the arrays that every run reads, of `Compiled.inputs`, contiguous.
         graph: what became of the CUDA graphs.
+        note: one line about the cache of compiled models, or "".
 
     Raises:
         MissingExtraError: ONNX Runtime or CuPy is not installed.
@@ -76,6 +78,7 @@ class CudaSession:
         strength: float | None = None,
         graph: bool = True,
         memory_bytes: int | None = None,
+        name: str = "",
     ) -> None:
         found = found or Target.of(device).find()
         provider = found.provider
@@ -86,19 +89,13 @@ class CudaSession:
         self._stream = stream
         self._provider = provider
         self.graph = GraphUse(graph, "" if graph else "switched off")
+        self.note = ""
         # It tells of every session that it found no plug-in for its own provider.
         ort.set_default_logger_severity(3)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        # Nothing runs on the CPU, but a pool of its threads would wait for work in busy loops.
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        graph_bytes = compiled.proto.SerializeToString()
         request = Request(index=device.index, kind="gpu")
+        graph_bytes = compiled.proto.SerializeToString()
+        facts = context.facts_for(found, graph_bytes, request, name) if provider.keeps else {}
         if provider.cache_option:
-            facts = context.facts_for(found, graph_bytes, request)
             request = replace(request, cache=Cache().folder_for(context.RUNTIME_KIND, facts))
         provider_options = {
             **provider.options(request),
@@ -107,13 +104,21 @@ class CudaSession:
         }
         if memory_bytes is not None and found.device is None:
             provider_options["gpu_mem_limit"] = str(memory_bytes)
+
+        def attached() -> tuple[Any, dict[str, Any]]:
+            options = _session_options(ort)
+            return options, found.attach(options, provider_options)
+
+        def load(source: bytes | str) -> Any:
+            options, asked = attached()
+            return ort.InferenceSession(source, options, enable_fallback=0, **asked)
+
         try:
-            self._session = ort.InferenceSession(
-                graph_bytes,
-                options,
-                enable_fallback=0,
-                **found.attach(options, provider_options),
-            )
+            if provider.context:
+                kept = context.load(Cache(), graph_bytes, facts, load, lambda: attached()[0])
+                self._session, self.note = kept.session, kept.note
+            else:
+                self._session = load(graph_bytes)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise _error(error, device) from None
         used = self._session.get_providers()
@@ -331,6 +336,17 @@ def copy_plane(cupy: Any, source: Array, target: Array, stream: Any) -> None:
         runtime.memcpyDeviceToDevice,
         stream.ptr,
     )
+
+
+def _session_options(ort: Any) -> Any:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Nothing runs on the CPU, but a pool of its threads would wait for work in busy loops.
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
 
 
 def _error(error: Exception, device: Device) -> ModelError | DeviceError:

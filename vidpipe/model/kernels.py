@@ -230,6 +230,7 @@ class LumaSession:
             self._result = cupy.empty(result.plane_shape, result.dtype)
         session.bind(0, [self._result])
         self._slots: dict[int, Sequence[Array]] = {}
+        self.note = session.note
         module = cupy.RawModule(code=_source(body, model), options=("-std=c++17",))
         names = ("luma_in", "luma_out", "chroma")
         self._luma_in, self._luma_out, self._chroma = map(module.get_function, names)
@@ -341,6 +342,7 @@ def gpu_session(
         found=found,
         strength=strength,
         memory_bytes=memory_bytes,
+        name=model.name,
     )
     return session if body is None else LumaSession(body, model, session, stream)
 

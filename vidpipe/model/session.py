@@ -388,7 +388,7 @@ def must_compile(
         found: the provider.
     """
     provider = found.provider
-    if not (provider.context or provider.cache_option):
+    if not provider.keeps:
         return False
     graph = compiled.proto.SerializeToString()
     request = _request(found, prefer, threads or threads_for(prefer))

@@ -98,6 +98,11 @@ class Provider:
         """Return the provider options for a request, without the stream and the graph."""
         return {self.cache_option: str(request.cache)} if self.caches(request) else {}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether something of a session may be kept in the cache."""
+        return self.context or bool(self.cache_option)
+
     def caches(self, request: Request) -> bool:
         """Return whether the request gives the provider's own cache a folder."""
         return bool(self.cache_option) and request.cache is not None

@@ -412,10 +412,16 @@ def test_fp8_on_rtx_needs_a_copy_that_holds_such_values(net: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "half"), [("auto", True), ("fp32", False), ("fp16", True), ("int8", True)]
+    ("device", "precision", "half"),
+    [
+        ("cuda", "auto", True),
+        ("cuda", "fp32", False),
+        ("cuda", "fp16", True),
+        ("rtx", "int8", True),  # CUDA has no convolutions in int8
+    ],
 )
 def test_on_a_gpu_the_precision_reaches_the_graph_and_the_kernels(
-    monkeypatch: pytest.MonkeyPatch, precision: str, half: bool
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, half: bool
 ) -> None:
     class Seen(Exception):
         pass
@@ -433,14 +439,14 @@ def test_on_a_gpu_the_precision_reaches_the_graph_and_the_kernels(
 
     monkeypatch.setattr("vidpipe.model.kernels.gpu_session", gpu_session)
     monkeypatch.setattr("vidpipe.model.stage.compile_model", compile_)
-    on_gpu = Found(provider("cuda"), "CUDAExecutionProvider")
+    on_gpu = Found(provider(device), provider(device).ep)
     monkeypatch.setattr(Target, "find", lambda self, prefer="speed": on_gpu)
     monkeypatch.setattr("vidpipe.model.stage.Ring", lambda *_: SimpleNamespace(slots=[], grown=0))
     monkeypatch.setattr("vidpipe.model.stage.new_stream", lambda device: None)
     monkeypatch.setattr(
         "vidpipe.model.stage.import_cupy", lambda device: SimpleNamespace(asarray=np.asarray)
     )
-    stage = Model(model="nano-2x", device="cuda", precision=precision, memory_limit="1G")
+    stage = Model(model="nano-2x", device=device, precision=precision, memory_limit="1G")
     stage.plan(replace(spec(64, 48), device=Device("cuda")))
     with pytest.raises(Seen):
         stage.open()

@@ -22,11 +22,19 @@ import pytest
 
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph
+from vidpipe.live.enhance import Enhance, Enhanced
 from vidpipe.live.outputs import Callback
 from vidpipe.live.session import Live
 from vidpipe.testing import pattern, spec
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
+
+
+def one(stage: Enhance, frame: Frame) -> Enhanced:
+    """Return what an open stage makes of one frame."""
+    (out,) = stage.process(frame)
+    assert isinstance(out, Enhanced)
+    return out
 
 
 def until(condition: Callable[[], Any], patience_s: float = 20.0) -> Any:

@@ -9,13 +9,11 @@ from typing import Any
 import modelgen
 import numpy as np
 import pytest
-from livekit import (
-    same,
-)
+from livekit import one, same
 
 from vidpipe.errors import InputError, ModelError, SpecError
 from vidpipe.frame import Frame, FrameSpec
-from vidpipe.live.enhance import DEFAULT_TIERS, Enhance, Enhanced, tier_precisions
+from vidpipe.live.enhance import DEFAULT_TIERS, Enhance, tier_precisions
 from vidpipe.model.stage import Model
 from vidpipe.testing import ManualClock, pattern, spec
 
@@ -32,12 +30,6 @@ def open_stage(stage: Enhance, first: FrameSpec, clock: ManualClock | None = Non
     stage.plan(first)
     stage.open()
     return stage
-
-
-def one(stage: Enhance, frame: Frame) -> Enhanced:
-    (out,) = stage.process(frame)
-    assert isinstance(out, Enhanced)
-    return out
 
 
 def test_the_enhance_stage_gives_the_models_own_pictures(doubler: str) -> None:

@@ -11,7 +11,7 @@ import fakecupy
 import modelgen
 import numpy as np
 import pytest
-from livekit import Feed, live_spec, same, until
+from livekit import Feed, live_spec, one, same, until
 
 from vidpipe.device import CPU, Device, import_cupy
 from vidpipe.frame import Frame, FrameSpec
@@ -70,12 +70,6 @@ def opened(stage: Enhance, first: FrameSpec) -> Enhance:
     stage.ring_depth = 4
     stage.open()
     return stage
-
-
-def one(stage: Enhance, frame: Frame) -> Enhanced:
-    (out,) = stage.process(frame)
-    assert isinstance(out, Enhanced)
-    return out
 
 
 def worst(a: tuple[Any, ...], b: tuple[Any, ...]) -> int:

@@ -62,36 +62,19 @@ class NetSpec:
 
 
 _UP = NetSpec(name="", task="upscale", tier="", scale=2, channels=64, plain=6)
+_NANO = replace(_UP, tier="nano", channels=32, plain=3, slope=0.0)
+_QUALITY = replace(_UP, tier="quality", channels=96, plain=1, blocks=6)
 SPECS = {
     spec.name: spec
     for spec in (
-        replace(_UP, name="nano-2x", tier="nano", channels=32, plain=3, slope=0.0),
+        replace(_NANO, name="nano-2x"),
         replace(_UP, name="fast-2x", tier="fast"),
-        replace(_UP, name="quality-2x", tier="quality", channels=96, plain=1, blocks=6),
-        replace(
-            _UP,
-            name="clean-1x-nano",
-            task="clean",
-            tier="nano",
-            scale=1,
-            channels=32,
-            plain=3,
-            slope=0.0,
-        ),
+        replace(_QUALITY, name="quality-2x"),
+        replace(_NANO, name="clean-1x-nano", task="clean", scale=1),
         replace(_UP, name="clean-1x-fast", task="clean", tier="fast", scale=1),
-        replace(
-            _UP, name="clean-2x-nano", task="clean", tier="nano", channels=32, plain=3, slope=0.0
-        ),
+        replace(_NANO, name="clean-2x-nano", task="clean"),
         replace(_UP, name="clean-2x-fast", task="clean", tier="fast"),
-        replace(
-            _UP,
-            name="clean-2x-quality",
-            task="clean",
-            tier="quality",
-            channels=96,
-            plain=1,
-            blocks=6,
-        ),
+        replace(_QUALITY, name="clean-2x-quality", task="clean"),
     )
 }
 

@@ -393,17 +393,32 @@ class Chain:
         }
 
     def _reference(self, count: int) -> Iterator[Frame]:
-        """Yield enhanced frames of the CPU path."""
-        stages = [Model(model=name, device="cpu") for name in self._models]
+        """Yield the first enhanced frames of the CPU path."""
         decode = Decode(path=str(self._path))
+        return self._on_cpu(decode, lambda frames: itertools.islice(frames, count), held=count)
+
+    def _on_cpu(
+        self,
+        decode: Decode,
+        pick: Callable[[Iterator[Frame]], Iterable[Frame]],
+        held: int = 3,
+    ) -> Iterator[Frame]:
+        """Yield enhanced frames of the CPU path.
+
+        Args:
+            decode: the file, on the CPU.
+            pick: gives those of its frames that are wanted.
+            held: how many of the results the caller keeps.
+        """
+        stages = [Model(model=name, device="cpu") for name in self._models]
         try:
             spec = decode.plan()
             for stage in stages:
                 spec = stage.plan(spec)
-                stage.ring_depth = count + 1
+                stage.ring_depth = held + 1
             for actor in (decode, *stages):
                 actor.open()
-            for frame in itertools.islice(decode.frames(), count):
+            for frame in pick(iter(decode.frames())):
                 for stage in stages:
                     (frame,) = stage.process(frame)
                 yield frame

@@ -326,23 +326,15 @@ class SplitChain(Chain):
         self, excerpt: dict[str, float], wanted: Any, times: list[Fraction]
     ) -> Iterator[Frame]:
         """Yield the enhanced frames of the CPU path that are wanted; add the times of all."""
-        stages = [Model(model=name, device="cpu") for name in self._models]
-        decode = Decode(path=str(self._path), **excerpt)  # type: ignore[arg-type]
-        try:
-            spec = decode.plan()
-            for stage in stages:
-                spec = stage.plan(spec)
-            for actor in (decode, *stages):
-                actor.open()
-            for frame in decode.frames():
+
+        def pick(frames: Iterator[Frame]) -> Iterator[Frame]:
+            for frame in frames:
                 times.append(frame.pts * frame.spec.time_base)
                 if times[-1] in wanted:
-                    for stage in stages:
-                        (frame,) = stage.process(frame)
                     yield frame
-        finally:
-            for actor in (decode, *stages):
-                actor.close()
+
+        decode = Decode(path=str(self._path), **excerpt)  # type: ignore[arg-type]
+        return self._on_cpu(decode, pick)
 
     # -- each stage alone ------------------------------------------------------------------
 

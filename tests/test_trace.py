@@ -199,6 +199,8 @@ class GpuEvent:
 class GpuStream:
     """A stream on which work is queued by `work`."""
 
+    device_id = 0
+
     def __init__(self, gpu: Gpu) -> None:
         self.gpu = gpu
         self.waited: list[object] = []
@@ -294,6 +296,39 @@ def test_work_that_is_not_over_is_read_later() -> None:
     (found,) = spans(tracer.to_dict()).values()
     assert len(found) == 600
     assert [round(e["ts"] / 1e6, 3) for e in found] == list(range(600))
+
+
+def test_streams_of_one_gpu_stand_beside_each_other_as_they_ran() -> None:
+    class Late(ManualClock):
+        """Every look at the clock comes later, as on a busy machine, and each by more."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.looks = 0
+
+        def now_s(self) -> float:
+            self.looks += 1
+            return super().now_s() + 1e-3 * (self.looks % 7)
+
+    clock = ManualClock()
+    gpu = Gpu(clock)
+    tracer = GpuTracer(clock=Late())
+    first, second = GpuStream(gpu), GpuStream(gpu)
+    group = tracer.group("run")
+    tracer.track(group, "model", "model").follow(first)
+    clock.advance(5.0)
+    tracer.track(group, "copy", "copy").follow(second)
+    for number in range(600):
+        clock.advance(0.010)
+        for stream in (first, second):
+            stream.wait_event("input")
+            stream.work(0.001 * (1 + number % 3))
+            stream.record()
+    clock.advance(1.0)
+    model, copy = spans(tracer.to_dict()).values()
+    assert len(model) == len(copy) == 600
+    ends = [e["ts"] + e["dur"] for e in model]
+    assert [e["ts"] for e in copy] == pytest.approx(ends, abs=0.01)
 
 
 def test_nvtx_ranges_are_balanced() -> None:

@@ -27,6 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from training.networks import SPECS, NetSpec, PlaneNet, cubic_phases
+from training.train import state_of
 
 VERSION = "1.2.0"
 OPSET = 18
@@ -162,7 +163,7 @@ def export(
     checkpoints: Sequence[Path], shares: Sequence[float], correction: float, folder: Path
 ) -> Path:
     """Export a mean of checkpoints of one network and compare the file with the network."""
-    states = [torch.load(path, map_location="cpu", weights_only=True) for path in checkpoints]
+    states = [state_of(path) for path in checkpoints]
     weights = mixed(states, shares)
     for name in ("tail.weight", "tail.bias"):
         weights[name] = weights[name] * correction

@@ -7,7 +7,8 @@ The learning rate follows the share of `--total` seconds that have been trained:
 then half a cosine down to nearly nothing. A run of fewer `--seconds` stops in between and is
 resumed with `--resume`; `--reset` takes the weights alone and begins a schedule of its own. `--span
 A B` says instead which part of the schedule, from 0 to 1, this run covers, however long it takes.
-On a CUDA device one whole step, from the crop to the optimizer, is one CUDA graph.
+On a CUDA device one whole step, from the crop to the optimizer, is one CUDA graph. `--resume` takes
+an exported file, too.
 
 `--from-slope S` begins with activations of that slope below zero and leads it to the network's own
 over the first half of the schedule. `--int8` trains a nano network as int8 will run it
@@ -24,9 +25,11 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor
 
 from training import degrade
@@ -139,6 +142,18 @@ def learning_rate(peak: float, progress: float) -> float:
     return peak * (0.01 + 0.99 * fall)
 
 
+def state_of(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a checkpoint holds, or the same of an exported file, which knows of no time or steps."""
+    if path.suffix != ".onnx":
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return state
+    model = onnx.load(path)
+    tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in model.graph.initializer}
+    weights = {k: v.to(device) for k, v in tensors.items() if k.endswith((".weight", ".bias"))}
+    weights.pop("cubic.weight", None)  # is not trained
+    return {"model": model.graph.name, "average": weights, "trained_s": 0.0, "steps": 0}
+
+
 class Trainer:
     """Network, optimizer and moving average, with one step as a repeatable piece of work."""
 
@@ -161,7 +176,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Take up the averaged weights of a checkpoint, and the time trained unless reset."""
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = state_of(path, self.device)
         names = [name for name, _ in self.net.named_parameters()]
         with torch.no_grad():
             for weight, average, name in zip(self.weights, self.average, names, strict=True):
@@ -307,7 +322,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bank", type=Path, required=True, help="folder of training.data")
     parser.add_argument("--pairs", type=Path, help="folder of training.codec, for clean networks")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write")
-    parser.add_argument("--resume", type=Path, help="checkpoint to start from")
+    parser.add_argument("--resume", type=Path, help="checkpoint or exported file to start from")
     parser.add_argument("--reset", action="store_true", help="resume the weights only")
     parser.add_argument(
         "--seconds", type=float, required=True, help="wall time of this run, at most"

@@ -75,44 +75,80 @@ class Track:
         self._tracer._streams.append(_StreamClock(self._tracer, self, stream))
 
 
-class _StreamClock:
-    """Times the work on one stream, and brings it to the host's time line."""
+class _DeviceClock:
+    """Brings the times of one GPU's events to the host's time line.
 
-    def __init__(self, tracer: Tracer, track: Track, stream: Any) -> None:
-        self._tracer = tracer
-        self._track = track
+    All streams of a GPU share it: one that was anchored by itself would stand beside the others
+    by as much as the host was late when it looked at its clock.
+    """
+
+    def __init__(self, tracer: Tracer, stream: Any) -> None:
+        self._clock = tracer.clock
+        self.new_event, self.elapsed_ms, self.on_device = tracer._cuda(stream)
         self._stream = stream
-        self._new_event, self._elapsed_ms, self._on_device = tracer._cuda(stream)
-        self._spare: list[Any] = []
-        self._pending: deque[tuple[Any, Any, int | None]] = deque()
-        self._begun: Any = None
-        self._number = tracer._new_number(track._group)
-        tracer._name(track._group + _GPU, self._number, f"{track.name} ({track.work})")
-        # The event by which the others are timed, the milliseconds from the first such event
-        # to it, and the host's time at the first one.
+        # The event by which the next is timed, and the milliseconds from the first one to it.
         self._base, self._start_s = self._anchor()
         self._base_ms = 0.0
-        self._spans: list[tuple[float, float, int | None]] = []
-        self._wait_event: Callable[[Any], None] = stream.wait_event
-        self._record: Callable[..., Any] = stream.record
-        stream.wait_event, stream.record = self._waited, self._recorded
+        self._scale = 0.001
 
     def _anchor(self) -> tuple[Any, float]:
         """Return an event and the host's time at which it was reached; waits for it."""
         best: tuple[float, Any, float] | None = None
         for _ in range(5):
-            event = self._new_event()
-            before_s = self._tracer.clock.now_s()
+            event = self.new_event()
+            before_s = self._clock.now_s()
             event.record(self._stream)
             event.synchronize()
-            after_s = self._tracer.clock.now_s()
+            after_s = self._clock.now_s()
             if best is None or after_s - before_s < best[0]:
                 best = after_s - before_s, event, (before_s + after_s) / 2
         assert best is not None
         return best[1], best[2]
 
+    def place(self, event: Any) -> float:
+        """Return when an event was that is over and no older than any before, in milliseconds."""
+        passed_ms: float = self.elapsed_ms(self._base, event)
+        placed_ms = self._base_ms + passed_ms
+        if passed_ms > _REBASE_MS:  # the runtime's times are in single precision
+            self._base, self._base_ms = event, placed_ms
+        return placed_ms
+
+    def finish(self) -> None:
+        """Compare the two clocks once more, which differ by some parts in a million."""
+        last, end_s = self._anchor()
+        total_ms = self.place(last)
+        if total_ms > 0:
+            self._scale = (end_s - self._start_s) / total_ms
+
+    def span_s(self, first_ms: float, last_ms: float) -> tuple[float, float]:
+        """Return (start, length) in seconds of the host's clock; after `finish`."""
+        return self._start_s + first_ms * self._scale, (last_ms - first_ms) * self._scale
+
+
+class _StreamClock:
+    """Times the work on one stream."""
+
+    def __init__(self, tracer: Tracer, track: Track, stream: Any) -> None:
+        self._tracer = tracer
+        self._track = track
+        self._stream = stream
+        self._clock = clock = tracer._clock_of(stream)
+        self._spare: list[Any] = []
+        self._pending: deque[tuple[Any, Any, int | None]] = deque()
+        self._begun: Any = None
+        self._number = tracer._new_number(track._group)
+        tracer._name(track._group + _GPU, self._number, f"{track.name} ({track.work})")
+        self._base = self._event()
+        self._base.synchronize()
+        with tracer._lock:
+            self._base_ms = clock.place(self._base)
+        self._spans: list[tuple[float, float, int | None]] = []
+        self._wait_event: Callable[[Any], None] = stream.wait_event
+        self._record: Callable[..., Any] = stream.record
+        stream.wait_event, stream.record = self._waited, self._recorded
+
     def _event(self) -> Any:
-        event = self._spare.pop() if self._spare else self._new_event()
+        event = self._spare.pop() if self._spare else self._clock.new_event()
         event.record(self._stream)
         return event
 
@@ -136,31 +172,30 @@ class _StreamClock:
 
     def _read(self) -> None:
         begin, end, pts = self._pending.popleft()
-        first_ms = self._elapsed_ms(self._base, begin)
-        last_ms = self._elapsed_ms(self._base, end)
+        first_ms = self._clock.elapsed_ms(self._base, begin)
+        last_ms = self._clock.elapsed_ms(self._base, end)
         self._spans.append((self._base_ms + first_ms, self._base_ms + last_ms, pts))
         self._spare.append(begin)
-        if last_ms > _REBASE_MS:  # the runtime's times are in single precision
+        if last_ms > _REBASE_MS:  # see `_DeviceClock.place`
             self._base_ms += last_ms
             self._base = end
         else:
             self._spare.append(end)
 
-    def finish(self) -> None:
-        """Read what is left, and add the spans to the profile; waits for the stream."""
+    def read_all(self) -> None:
+        """Read what is left; waits for the stream."""
         self._stream.wait_event, self._stream.record = self._wait_event, self._record
-        with self._on_device:
-            last, end_s = self._anchor()
+        with self._clock.on_device:
+            self._event().synchronize()
             while self._pending:
                 self._read()
-            total_ms = self._base_ms + self._elapsed_ms(self._base, last)
-        # The two clocks differ by some parts in a million.
-        scale = (end_s - self._start_s) / total_ms if total_ms > 0 else 0.001
+
+    def add_spans(self) -> None:
+        """Add the spans to the profile."""
         track = self._track
         for first_ms, last_ms, pts in self._spans:
             facts = {} if pts is None else {"pts": pts}
-            start_s = self._start_s + first_ms * scale
-            length_s = (last_ms - first_ms) * scale
+            start_s, length_s = self._clock.span_s(first_ms, last_ms)
             self._tracer._events.append(
                 _complete(track.work, track._group + _GPU, self._number, start_s, length_s, facts)
             )
@@ -188,6 +223,7 @@ class Tracer:
         self._start_s = self.clock.now_s()
         self._events: list[dict[str, Any]] = []
         self._streams: list[_StreamClock] = []
+        self._clocks: dict[int, _DeviceClock] = {}
         self._groups = 0
         self._numbers: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -242,6 +278,14 @@ class Tracer:
         cuda = cupy.cuda
         return cuda.Event, cuda.get_elapsed_time, cuda.Device(stream.device_id)
 
+    def _clock_of(self, stream: Any) -> _DeviceClock:
+        """Return the clock of a stream's GPU."""
+        with self._lock:
+            clock = self._clocks.get(stream.device_id)
+            if clock is None:
+                clock = self._clocks[stream.device_id] = _DeviceClock(self, stream)
+        return clock
+
     def add_run(self, title: str, stages: Iterable[Any]) -> None:
         """Put what an ended run reports into the metadata, nodes by provider among it.
 
@@ -264,8 +308,14 @@ class Tracer:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the profile as Chrome's trace-event JSON; to be called after the run."""
-        while self._streams:
-            self._streams.pop().finish()
+        for stream in self._streams:
+            stream.read_all()
+        for clock in self._clocks.values():
+            with clock.on_device:
+                clock.finish()
+        for stream in self._streams:
+            stream.add_spans()
+        self._streams.clear()
         timed = sorted((e for e in self._events if "ts" in e), key=lambda e: float(e["ts"]))
         events = [e for e in self._events if "ts" not in e]
         for event in timed:

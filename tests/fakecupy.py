@@ -35,8 +35,26 @@ class CUDARuntimeError(Exception):
     """Of the CUDA runtime."""
 
 
+class Place:
+    """The one device."""
+
+    def __init__(self, index: int) -> None:
+        assert index == 0
+
+    def use(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Stream:
     """A queue of work that is done as late as possible."""
+
+    device_id = 0
 
     def __init__(self, non_blocking: bool = False) -> None:
         assert non_blocking
@@ -265,8 +283,9 @@ def installed() -> Iterator[Script]:
     cupy.get_default_memory_pool = lambda: SimpleNamespace(free_all_blocks=lambda: None)
     cupy.RawModule = lambda code, options: SimpleNamespace(get_function=kernel)
     cupy.cuda = SimpleNamespace(
-        Device=lambda index: SimpleNamespace(use=lambda: None, synchronize=lambda: None),
+        Device=Place,
         Event=Event,
+        nvtx=SimpleNamespace(available=False),
         Stream=Stream,
         MemoryPointer=lambda mem, offset: SimpleNamespace(mem=mem, ptr=mem.ptr + offset),
         UnownedMemory=lambda ptr, size, owner, index: SimpleNamespace(ptr=ptr, owner=owner),

@@ -19,7 +19,7 @@ PLAY = (
 )
 RECORD = (
     "( rtph264depay name=depay0 ! h264parse ! matroskamux name=m ! filesink location={} "
-    "rtpmp4gdepay name=depay1 ! aacparse ! m. )"
+    "rtpopusdepay name=depay1 ! opusparse ! m. )"
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +14,10 @@ import modelgen
 import numpy as np
 import pytest
 
+from vidpipe import trace
 from vidpipe.device import Device, Ring, new_stream
-from vidpipe.errors import DeviceError, DeviceMemoryError
-from vidpipe.frame import Frame
+from vidpipe.errors import DeviceError, DeviceMemoryError, VidpipeError
+from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph
 from vidpipe.model.cache import Cache
 from vidpipe.model.compile import compile_model
@@ -25,7 +27,7 @@ from vidpipe.model.stage import Model
 from vidpipe.pipeline import Pipeline
 from vidpipe.providers import provider
 from vidpipe.providers.base import Found
-from vidpipe.stage import FrameSource, Null
+from vidpipe.stage import FrameSource, Null, Stage
 from vidpipe.testing import Collect, pattern, spec
 from vidpipe.transfer import Mover
 
@@ -229,3 +231,114 @@ def test_tiles_are_halved_until_they_fit(tmp_path: Path, script: Any) -> None:
     assert differ(tiled, whole) == 0
     with pytest.raises(DeviceMemoryError):
         run(1, Model(model=path, device="cuda", tile="off"))
+
+
+class Tap(Stage):
+    """Passes frames on where they are, one late, and knows on which thread."""
+
+    only_queues = True
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        self.fail_at = fail_at
+        self.held: Frame | None = None
+        self.threads: set[str] = set()
+        self.specs: list[FrameSpec] = []
+        self.closed = 0
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        return spec.device
+
+    def plan(self, spec: FrameSpec) -> FrameSpec:
+        self.specs.append(spec)
+        return spec
+
+    def process(self, frame: Frame) -> Iterable[Frame]:
+        self.threads.add(threading.current_thread().name)
+        if frame.pts == self.fail_at:
+            raise ZeroDivisionError("no")
+        given, self.held = self.held, frame
+        return () if given is None else (given,)
+
+    def flush(self) -> Iterable[Frame]:
+        given, self.held = self.held, None
+        return () if given is None else (given,)
+
+    def close(self) -> None:
+        self.closed += 1
+        self.threads.add(threading.current_thread().name)
+
+
+class Own(Tap):
+    only_queues = False
+
+
+def test_stages_that_only_queue_work_run_on_the_thread_before_them(tmp_path: Path) -> None:
+    path = str(modelgen.nearest(tmp_path / "m.onnx", 2, 3))
+    taps = Tap(), Own(), Tap()
+    first, own, last = taps
+    stages = (Model(model=path, device="cuda"), first, own, last)
+    frames, report = run(9, *stages)
+    assert [f.pts for f in frames] == list(range(9))
+    assert first.threads == {"vidpipe-in-to-cuda"}
+    assert own.threads == last.threads == {"vidpipe-s2"}
+    assert [t.closed for t in taps] == [1, 1, 1]
+    assert {s.frames_in for s in report.stages[1:]} == {9}
+    assert {s.frames_out for s in report.stages[:-1]} == {9}
+    here, _ = run(9, Model(model=path))
+    assert differ(frames, here) <= 1
+
+
+def test_a_branch_has_threads_of_its_own() -> None:
+    graph, taps = Graph("test"), (Tap(), Tap())
+    graph.add("in", FrameSource(SPEC, (pattern(SPEC, pts) for pts in range(5))))
+    graph.add("up", "transfer", "in", device="cuda")
+    for number, tap in enumerate(taps):
+        graph.add(f"s{number}", tap, "up").add(f"out{number}", Collect(), f"s{number}")
+    assert not Pipeline(graph).run().problems
+    assert [t.threads for t in taps] == [{"vidpipe-s0"}, {"vidpipe-s1"}]
+
+
+def test_a_new_size_is_planned_by_whoever_runs_on_the_thread() -> None:
+    small = replace(SPEC, width=8, height=8)
+    tap, sink, graph = Tap(), Collect(), Graph("test")
+    given = [pattern(SPEC if pts < 3 else small, pts) for pts in range(6)]
+    graph.add("in", FrameSource(SPEC, given)).add("up", "transfer", "in", device="cuda")
+    graph.add("s0", tap, "up").add("out", sink, "s0")
+    assert not Pipeline(graph).run().problems
+    assert [(f.pts, f.spec.width) for f in sink.frames] == [(f.pts, f.spec.width) for f in given]
+    assert [s.width for s in tap.specs] == [SPEC.width, 8]
+    assert tap.threads == {"vidpipe-up"}
+
+
+def test_a_failure_names_the_stage_and_closes_everybody_once() -> None:
+    taps = Tap(), Tap(fail_at=4), Tap()
+    with pytest.raises(VidpipeError, match=r"ZeroDivisionError: no") as caught:
+        run(9, Model(model="nano-2x", device="cuda"), *taps)
+    assert caught.value.stage == "s2"
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert caught.value.time_s == pytest.approx(float(4 * SPEC.time_base))
+    assert [t.closed for t in taps] == [1, 1, 1]
+
+
+def test_a_stage_that_cannot_be_opened_closes_those_on_its_thread() -> None:
+    class Broken(Tap):
+        def open(self) -> None:
+            raise DeviceError("it is gone")
+
+    taps = Tap(), Broken(), Tap()
+    with pytest.raises(DeviceError, match="stage 's2': it is gone"):
+        run(9, Model(model="nano-2x", device="cuda"), *taps)
+    assert [t.closed for t in taps] == [1, 1, 1]
+
+
+def test_a_profile_tells_apart_those_who_share_a_thread() -> None:
+    tracer, graph = trace.Tracer(), Graph("test")
+    graph.add("in", FrameSource(SPEC, (pattern(SPEC, pts) for pts in range(5))))
+    graph.add("up", "transfer", "in", device="cuda").add("tap", Tap(), "up")
+    assert not Pipeline(graph.add("out", Collect(), "tap"), tracer=tracer).run().problems
+    events = tracer.to_dict()["traceEvents"]
+    tracks = {e["args"]["name"]: e["tid"] for e in events if e["name"] == "thread_name"}
+    for name in ("up", "tap"):
+        own = [e for e in events if e["ph"] == "X" and e["tid"] == tracks[name]]
+        assert [e["args"]["pts"] for e in own if e["name"] == "frame"] == list(range(5))
+        assert sum(e["name"] == "open" for e in own) == 1

@@ -186,8 +186,8 @@ def test_sound_and_picture_to_a_real_rtsp_server(
         late_s = sound_after_picture(file)
     assert len(late_s) >= 2
     # FFmpeg's RTCP reports have no CNAME, so this server places sound and picture by their
-    # arrival, which AAC makes three of its frames late.
-    assert max(abs(d) for d in late_s) <= 0.1, late_s
+    # arrival.
+    assert max(abs(d) for d in late_s) <= 0.04, late_s
 
 
 # The screen

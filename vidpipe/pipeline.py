@@ -1,5 +1,7 @@
 """Runs a graph: one thread a stage, bounded links, one supervisor.
 
+Stages that only queue work on a GPU have no thread: they run on that of the stage before.
+
     pipeline = Pipeline(graph)
     report = pipeline.run()
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Protocol, TypeVar
@@ -25,7 +28,7 @@ from vidpipe.device import CPU, Device, setup_lock, slot_bytes
 from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Graph, Node
-from vidpipe.link import Link, LinkClosed, Policy
+from vidpipe.link import Handover, Link, LinkClosed, Policy
 from vidpipe.stage import Actor, Sink, Source, Stage
 from vidpipe.transfer import Transfer
 
@@ -152,6 +155,9 @@ class _Runner:
         self.track: trace.Track | None = None  # while somebody profiles
         self.queues: list[str] = []  # names of the outputs, likewise
         self.thread = threading.Thread(target=self._run, name=f"vidpipe-{node.name}")
+        self.host = self  # whose thread this one runs on
+        self.guests: list[_Runner] = []  # who else runs on this one's thread, in order
+        self._closed = False
 
     @property
     def time_s(self) -> float | None:
@@ -165,18 +171,15 @@ class _Runner:
         return 0.0 if self.first_s is None else end_s - self.first_s
 
     def _run(self) -> None:
-        clock = self.pipeline.clock
-        trace.use(self.track)
+        crew = (self, *self.guests)
         try:
             try:
-                start_s = clock.now_s()
                 try:
-                    self._open()
+                    for member in crew:
+                        member._open()
                 finally:
-                    self.pipeline._gate.arrive()
-                self.report.open_s = clock.now_s() - start_s
-                if self.track is not None:
-                    self.track.span("open", start_s, start_s + self.report.open_s)
+                    for _ in crew:
+                        self.pipeline._gate.arrive()
                 if isinstance(self.actor, Source):
                     self.pipeline._gate.wait()
                     self._run_source(self.actor)
@@ -185,24 +188,58 @@ class _Runner:
                 else:
                     self._run_sink(self.actor)
             finally:
-                self.actor.close()
+                self._close()
             for link in self.outputs:
                 link.end()
         except LinkClosed:
             pass
-        except VidpipeError as error:
-            self.pipeline._fail(error.at(self.node.name, self.time_s))
         except BaseException as error:
-            wrapped = VidpipeError(f"{type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
+            self.pipeline._fail(self._blamed(error))
+        finally:
+            for guest in self.guests:
+                try:
+                    guest._close()
+                except BaseException as error:
+                    self.pipeline._fail(guest._blamed(error))
+
+    def _blamed(self, error: BaseException) -> VidpipeError:
+        """Return the error with the place where it happened."""
+        if isinstance(error, VidpipeError):
+            return error.at(self.node.name, self.time_s)
+        wrapped = VidpipeError(f"{type(error).__name__}: {error}")
+        wrapped.__cause__ = error
+        return wrapped.at(self.node.name, self.time_s)
+
+    @contextmanager
+    def _as_guest(self) -> Iterator[None]:
+        """Be the one who works on the host's thread: for profiles, and for blame."""
+        trace.use(self.track)
+        try:
+            yield
+        except LinkClosed:
+            raise
+        except BaseException as error:
+            blamed = self._blamed(error)
+            raise blamed from blamed.__cause__
+        finally:
+            trace.use(self.host.track)
 
     def _open(self) -> None:
-        if not self.pipeline._on_gpu:
-            self.actor.open()
-            return
-        with setup_lock:
-            self.actor.open()
+        clock, start_s = self.pipeline.clock, self.pipeline.clock.now_s()
+        with self._as_guest():
+            if self.pipeline._on_gpu:
+                with setup_lock:
+                    self.actor.open()
+            else:
+                self.actor.open()
+        self.report.open_s = clock.now_s() - start_s
+        if self.track is not None:
+            self.track.span("open", start_s, start_s + self.report.open_s)
+
+    def _close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self.actor.close()
 
     def _run_source(self, source: Source) -> None:
         for frame in self._timed(source.frames):
@@ -214,17 +251,41 @@ class _Runner:
 
     def _run_stage(self, stage: Stage) -> None:
         for frame in self._input():
-            if self._changed(frame):
-                for out in self._timed(stage.flush):
-                    self._emit(out)
-                self._time(stage.replan, frame.spec)
-            self._took(frame)
-            for out in self._timed(stage.process, frame):
-                self._emit(out)
-                del out
+            self._step(stage, frame)
             del frame
         for out in self._timed(stage.flush):
             self._emit(out)
+
+    def _step(self, stage: Stage, frame: Frame) -> None:
+        if self._changed(frame):
+            for out in self._timed(stage.flush):
+                self._emit(out)
+            self._time(stage.replan, frame.spec)
+        self._took(frame)
+        for out in self._timed(stage.process, frame):
+            self._emit(out)
+            del out
+
+    def take(self, frame: Frame) -> None:
+        """Take a frame on the host's thread."""
+        assert isinstance(self.actor, Stage)
+        with self._as_guest():
+            if self.track is None:
+                self._step(self.actor, frame)
+                return
+            start_s, self.track.pts = self.pipeline.clock.now_s(), frame.pts
+            self._step(self.actor, frame)
+            self.track.span("frame", start_s, self.pipeline.clock.now_s(), pts=frame.pts)
+
+    def finish(self) -> None:
+        """Hand on what is held back, on the host's thread, and end."""
+        assert isinstance(self.actor, Stage)
+        with self._as_guest():
+            for out in self._timed(self.actor.flush):
+                self._emit(out)
+            self._close()
+        for link in self.outputs:
+            link.end()
 
     def _run_sink(self, sink: Sink) -> None:
         for frame in self._input():
@@ -478,6 +539,7 @@ class Pipeline:
                     actor.plan(spec)
                 planned[name] = runner
             self._runners = planned
+            self._hand_over(specs)
             self._set_ring_depths()
             self._on_gpu = any(spec.device != CPU for spec in specs.values())
             if self._vram_limit is not None:
@@ -490,6 +552,26 @@ class Pipeline:
             raise
         self.specs = specs
         return specs
+
+    def _hand_over(self, specs: dict[str, FrameSpec]) -> None:
+        """Let stages that only queue work on a GPU run on the thread of the stage before.
+
+        A thread of theirs would be woken for every frame to do next to nothing, and wait for
+        Python's lock meanwhile.
+        """
+        for runner in self._runners.values():
+            actor, link = runner.actor, runner.input
+            if not isinstance(actor, Stage) or not actor.only_queues:
+                continue
+            assert link is not None
+            assert runner.writer is not None
+            writer = self._runners[runner.writer]
+            alone = writer.outputs == [link] and link.policy is Policy.BLOCK
+            if alone and specs[runner.writer].device != CPU:
+                runner.input = Handover(link.capacity, runner.take, runner.finish)
+                writer.outputs = [runner.input]
+                runner.host, runner.thread = writer.host, writer.thread
+                runner.host.guests.append(runner)
 
     def _set_ring_depths(self) -> None:
         """Give every ring a slot for each frame that can be on its way, and one to write."""
@@ -570,7 +652,8 @@ class Pipeline:
             self._trace(self._tracer)
         self._gate.expect(len(self._runners))
         for runner in self._runners.values():
-            runner.thread.start()
+            if runner.host is runner:
+                runner.thread.start()
 
     def _trace(self, tracer: trace.Tracer) -> None:
         """Give every actor a track."""

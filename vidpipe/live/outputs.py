@@ -327,7 +327,10 @@ class Record(_Encoded):
 
 @register("stream")
 class StreamOut(_Encoded):
-    """Sends H.264 and AAC to the network.
+    """Sends H.264 and AAC to the network; over RTSP, H.264 and Opus.
+
+    RTSP sends sound and picture apart. FFmpeg's has no CNAME in its RTCP reports, without which
+    some receivers play each as it arrives: there sound must not leave later than its picture.
 
     Args:
         url: rtmp(s)://, rtsp://, udp://, rtp://, tcp://, unix:// or http(s)://; MPEG-TS where the
@@ -430,6 +433,7 @@ class StreamOut(_Encoded):
             video=video,
             options=options,
             sound=sound,
+            sound_encoder="libopus" if self.muxer == "rtsp" else "aac",
             timeout_s=self.timeout_s,
         )
 

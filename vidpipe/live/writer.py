@@ -15,6 +15,13 @@ from vidpipe.media.convert import Converter, frame_from
 
 TIME_BASE = Fraction(1, 90000)
 
+SOUND: dict[str, dict[str, str]] = {
+    "aac": {},
+    "libopus": {"application": "lowdelay", "frame_duration": "10"},
+}
+"""Encoders of sound and their options. AAC leaves its encoder three of its frames, 64 ms, after
+its time; Opus so set, 12.5 ms."""
+
 PRIMING = 1024
 """AAC's first packet lies so many samples before its first sound. FLV takes nothing that lies
 before its first packet, a picture, so the sound is cut until then."""
@@ -30,6 +37,7 @@ class LiveWriter:
         video: options of libx264.
         options: options of the muxer and its protocol.
         sound: where sound comes from, or None for an output without sound.
+        sound_encoder: one of `SOUND`.
         timeout_s: a peer that takes nothing for so long is lost; None for files.
         keyframe_s: a key frame comes every so often.
 
@@ -47,6 +55,7 @@ class LiveWriter:
         video: dict[str, str],
         options: dict[str, str] | None = None,
         sound: AudioReader | None = None,
+        sound_encoder: str = "aac",
         timeout_s: float | None = None,
         keyframe_s: float = 2.0,
     ) -> None:
@@ -78,7 +87,8 @@ class LiveWriter:
             self._video = self._add_video(video)
             self._audio: Any = None
             if sound is not None:
-                self._audio = self._out.add_stream("aac", rate=RATE)
+                options = SOUND[sound_encoder]
+                self._audio = self._out.add_stream(sound_encoder, rate=RATE, options=options)
                 self._audio.codec_context.layout = "stereo"
                 self._audio.codec_context.bit_rate = 128_000
             self._out.start_encoding()

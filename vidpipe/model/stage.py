@@ -57,6 +57,7 @@ class Model(Stage):
     """
 
     takes_memory = True
+    only_queues = True
 
     def __init__(
         self,

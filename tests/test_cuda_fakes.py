@@ -138,7 +138,7 @@ def on_rtx() -> Found:
 def test_a_luma_model_runs_between_the_kernels(tmp_path: Path, script: Any) -> None:
     path = str(modelgen.nearest(tmp_path / "m.onnx", 2))
     _, report = run(3, Model(model=path, device="cuda"))
-    assert script.kernels == ["luma_in", "luma_out", "chroma"] * 3
+    assert script.kernels == ["luma_in", "planes_out"] * 3
     assert report.stage("s0").facts["cuda_graph"]["used"]
 
 

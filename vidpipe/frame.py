@@ -304,7 +304,12 @@ class Frame:
         if self.ready is not None:
             stream.wait_event(self.ready)
 
-    def read_by(self, stream: Stream) -> None:
-        """Say that the work queued on `stream` so far reads the planes."""
+    def read_by(self, stream: Stream, event: Event | None = None) -> None:
+        """Say that the work queued on `stream` so far reads the planes.
+
+        Args:
+            stream: of the work.
+            event: recorded behind it already; one is recorded now if not given.
+        """
         if self.slot is not None:
-            self.slot.readers.append(stream.record())
+            self.slot.readers.append(event or stream.record())

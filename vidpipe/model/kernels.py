@@ -1,8 +1,8 @@
 """CUDA kernels that stand for the nodes around a luma model, and the session that uses them.
 
 ONNX Runtime runs the steps from code values to the model and back as a dozen passes over the
-enlarged picture. On a GPU three kernels do the same arithmetic in one pass each: luma in,
-luma out with the last DepthToSpace, and chroma beside it. The model between them is a graph
+enlarged picture. On a GPU two kernels do the same arithmetic in one pass each: luma in; luma
+out with the last DepthToSpace, and chroma beside it. The model between them is a graph
 of its own, with one fixed input and output, so one captured CUDA graph serves every slot.
 """
 
@@ -54,7 +54,7 @@ extern "C" __global__ void luma_in(
     to_body(__fadd_rn(__fmul_rn(v, {in_scale}), {in_offset}), out + (long long)y * out_width + x);
 }}
 
-extern "C" __global__ void luma_out(
+__device__ __forceinline__ void write_luma(
     const body_t* __restrict__ in, int in_width, int in_height,
     sample_t* __restrict__ plane, int width, int height)
 {{
@@ -78,7 +78,7 @@ extern "C" __global__ void luma_out(
 __constant__ float weights_x[{scale}][{taps_x}] = {weights_x};
 __constant__ float weights_y[{scale}][{taps_y}] = {weights_y};
 
-extern "C" __global__ void chroma(
+__device__ __forceinline__ void write_chroma(
     const sample_t* __restrict__ in_u, const sample_t* __restrict__ in_v, long long pitch,
     int width, int height, sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
 {{
@@ -112,6 +112,24 @@ extern "C" __global__ void chroma(
                 out[((long long)(y * {scale} + p) * width * {scale} + x * {scale} + q) * {step}]
                     = code(sums[p][q]);
     }}
+}}
+
+extern "C" __global__ void luma_out(
+    const body_t* __restrict__ in, int in_width, int in_height,
+    sample_t* __restrict__ plane, int width, int height)
+{{
+    write_luma(in, in_width, in_height, plane, width, height);
+}}
+
+// Blocks of the second layer of the grid write chroma: one launch costs the host half of two.
+extern "C" __global__ void planes_out(
+    const body_t* __restrict__ in, int in_width, int in_height,
+    sample_t* __restrict__ plane, int width, int height,
+    const sample_t* __restrict__ in_u, const sample_t* __restrict__ in_v, long long pitch,
+    int chroma_width, int chroma_height, sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
+{{
+    if (blockIdx.z == 0) write_luma(in, in_width, in_height, plane, width, height);
+    else write_chroma(in_u, in_v, pitch, chroma_width, chroma_height, out_u, out_v);
 }}
 """
 
@@ -232,8 +250,8 @@ class LumaSession:
         self._slots: dict[int, Sequence[Array]] = {}
         self.note = session.note
         module = cupy.RawModule(code=_source(body, model), options=("-std=c++17",))
-        names = ("luma_in", "luma_out", "chroma")
-        self._luma_in, self._luma_out, self._chroma = map(module.get_function, names)
+        names = ("luma_in", "luma_out", "planes_out")
+        self._luma_in, self._luma_out, self._planes_out = map(module.get_function, names)
 
     def bind(self, slot: int, outputs: Sequence[Array]) -> None:
         """See `Session.bind`."""
@@ -251,9 +269,12 @@ class LumaSession:
         with queue:
             self._take(inputs[0])
             self._session.launch(0)
-            self._give(outputs[0])
-            if len(inputs) > 1:
-                self._write_chroma(inputs[1:], outputs[1:])
+            if len(inputs) == 1 or self._scale == 1:
+                self._give(outputs[0])
+                for source, target in zip(inputs[1:], outputs[1:], strict=True):
+                    copy_plane(self._cupy, source, target, queue)
+            else:
+                self._give_all(inputs[1:], outputs)
         event: Event = queue.record()
         return event
 
@@ -267,29 +288,34 @@ class LumaSession:
         )
         self._luma_in(_grid(width, height), _BLOCK, arguments)
 
-    def _give(self, plane: Array) -> None:
+    def _luma_arguments(self, plane: Array) -> tuple[tuple[int, int], tuple[Any, ...]]:
+        """Return the size of the model's result, and what the kernels are told of luma."""
         width, height = _plane_size(self._result, self._phases)
         arguments = (
             *(self._result.data.ptr, np.int32(width), np.int32(height)),
             *(plane.data.ptr, np.int32(plane.shape[1]), np.int32(plane.shape[0])),
         )
-        self._luma_out(_grid(width, height), _BLOCK, arguments)
+        return (width, height), arguments
 
-    def _write_chroma(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
-        if self._scale == 1:
-            for source, target in zip(inputs, outputs, strict=True):
-                copy_plane(self._cupy, source, target, self._stream)
-            return
+    def _give(self, plane: Array) -> None:
+        size, arguments = self._luma_arguments(plane)
+        self._luma_out(_grid(*size), _BLOCK, arguments)
+
+    def _give_all(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Write luma from the model's result, and enlarged chroma from the input's."""
+        luma, chroma = outputs[0], outputs[1:]
         item, (height, width) = inputs[0].itemsize, inputs[0].shape[:2]
         if len(inputs) == 1:  # Cb and Cr take turns
-            places = [p.data.ptr + c * item for p in (inputs[0], outputs[0]) for c in (0, 1)]
+            places = [p.data.ptr + c * item for p in (inputs[0], chroma[0]) for c in (0, 1)]
         else:
-            places = [p.data.ptr for p in (*inputs, *outputs)]
-        arguments = (
+            places = [p.data.ptr for p in (*inputs, *chroma)]
+        size, arguments = self._luma_arguments(luma)
+        arguments += (
             *(places[0], places[1], inputs[0].strides[0] // item),
             *(np.int32(width), np.int32(height), places[2], places[3]),
         )
-        self._chroma(_grid(width, height), _BLOCK, arguments)
+        columns, rows = map(max, _grid(*size), _grid(width, height))
+        self._planes_out((columns, rows, 2), _BLOCK, arguments)
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""

@@ -23,7 +23,7 @@ from vidpipe.live.outputs import Callback, LiveSink
 from vidpipe.live.page import on_host
 from vidpipe.live.session import Live
 from vidpipe.model.choose import Choice
-from vidpipe.pipeline import StageReport
+from vidpipe.runner import StageReport
 from vidpipe.testing import pattern, spec
 from vidpipe.transfer import Mover
 

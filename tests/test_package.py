@@ -22,7 +22,7 @@ LAYERS = [
     {"function", "link", "providers", "stage", "transfer"},
     {"model", "media"},
     {"graph"},
-    {"pipeline"},
+    {"pipeline", "runner"},
     {"api", "compare", "decoders", "doctor", "live", "machine", "segments", "warm"},
     {"testing"},
     {"bench"},

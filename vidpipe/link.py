@@ -80,6 +80,7 @@ class Link:
         self._changed = threading.Condition()
         self._ended = False
         self._closed = False
+        self._woken = False
         self._put = self._got = self._dropped = 0
         self._writer_waited_s = self._reader_waited_s = 0.0
 
@@ -117,30 +118,57 @@ class Link:
             self._queue.clear()
             self._changed.notify_all()
 
+    def wake(self) -> None:
+        """Let `items` give None if no frame is there. May be called from any thread."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
     def __iter__(self) -> Iterator[Frame]:
         """Yield frames in order until the writer ends the link.
 
         Raises:
             LinkClosed: the link was closed meanwhile.
         """
+        for frame in self.items():
+            if frame is not None:
+                yield frame
+            del frame  # a ring slot is free as soon as the reader lets go
+
+    def items(self) -> Iterator[Frame | None]:
+        """Yield frames like `__iter__`, and None after `wake`.
+
+        Raises:
+            LinkClosed: the link was closed meanwhile.
+        """
         while True:
+            frame: Frame | None = None
             with self._changed:
-                if not self._queue and not self._ended and not self._closed:
+                if not self._has_news():
                     start_s = self._clock.now_s()
-                    self._changed.wait_for(lambda: self._queue or self._ended or self._closed)
+                    self._changed.wait_for(self._has_news)
                     self._reader_waited_s += self._clock.now_s() - start_s
                 if self._closed:
                     raise LinkClosed
-                if not self._queue:
+                if self._queue:
+                    frame = self._pop()
+                elif self._ended:
                     return
-                frame = self._queue.popleft()
-                while self._queue and self._stale is not None and self._stale(frame):
-                    frame = self._queue.popleft()
-                    self._dropped += 1
-                self._got += 1
-                self._changed.notify_all()
+                self._woken = False
             yield frame
-            del frame  # a ring slot is free as soon as the reader lets go
+            del frame
+
+    def _has_news(self) -> bool:
+        return bool(self._queue) or self._ended or self._closed or self._woken
+
+    def _pop(self) -> Frame:
+        frame = self._queue.popleft()
+        while self._queue and self._stale is not None and self._stale(frame):
+            frame = self._queue.popleft()
+            self._dropped += 1
+        self._got += 1
+        self._changed.notify_all()
+        return frame
 
     def statistics(self) -> LinkStatistics:
         """Return a snapshot of what the link has seen."""

@@ -20,7 +20,8 @@ from vidpipe.device import Device, import_cupy
 from vidpipe.errors import Cancelled, DeviceError, GraphError, InputError, VidpipeError
 from vidpipe.graph import Graph, Node
 from vidpipe.link import LinkClosed
-from vidpipe.pipeline import Pipeline, Report, StageReport, StartGate, drive
+from vidpipe.pipeline import Pipeline, Report, StartGate, drive
+from vidpipe.runner import StageReport
 from vidpipe.stage import Null, Sink, Source, options_of
 
 SPLITTABLE = frozenset({"decode", "encode", "function", "model", "null", "resize"})

@@ -44,6 +44,17 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     capacity: int | None = None
     """Frames that the link before the actor holds; by default as many as the other links."""
 
+    live: bool = True
+    """Whether each frame should be out soon: frames come as they happen, or the actor is called
+    by hand. The pipeline sets it before `plan`."""
+
+    holds: int = 0
+    """Frames whose planes the actor keeps beyond `process` or `write`, as far as known after
+    `plan`."""
+
+    aside_s: float = 0.0
+    """Time spent on frames beside the actor's thread, as if it had been spent on it."""
+
     takes_memory: bool = False
     """Whether the actor takes much GPU memory besides its ring, as a model does."""
 
@@ -125,6 +136,13 @@ class Stage(_Actor):
     def process(self, frame: Frame) -> Iterable[Frame]:
         """Take one frame, give none, one or many."""
 
+    wake: Callable[[], None] = staticmethod(lambda: None)
+    """Asks the pipeline to call `ready`, from any thread; set by the pipeline before `open`."""
+
+    def ready(self) -> Iterable[Frame]:
+        """Give the frames that are done meanwhile. Called after `wake`, between frames."""
+        return ()
+
     def flush(self) -> Iterable[Frame]:
         """Give the frames still held back; the stream has ended."""
         return ()
@@ -143,9 +161,6 @@ class Sink(_Actor):
     policy: Policy = Policy.BLOCK
     """What the link before the sink does when it is full. Live sinks use LATEST, so that one
     that stalls does not hold up the others."""
-
-    holds: int = 0
-    """Frames whose planes the sink keeps beyond `write`, as far as known after `plan`."""
 
     def attach(self, source: Source) -> None:
         """Learn which source feeds this sink; called before `plan`."""

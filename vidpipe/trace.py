@@ -56,6 +56,10 @@ class Track:
         event = {"ph": "C", "name": name, "pid": self._group, "ts": self._tracer.clock.now_s()}
         self._tracer._events.append(event | {"args": {"value": value}})
 
+    def beside(self, name: str) -> Track:
+        """Return a track for another thread of the same actor."""
+        return self._tracer.track(self._group, f"{self.name}: {name}", self.work)
+
     def push(self, name: str) -> None:
         """Begin a range of NVTX, where the pipeline is on a GPU."""
         if self.nvtx is not None:

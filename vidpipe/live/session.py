@@ -17,7 +17,8 @@ from vidpipe.live.enhance import Enhance
 from vidpipe.live.meter import Reading
 from vidpipe.live.outputs import LiveSink
 from vidpipe.live.page import Page, png
-from vidpipe.pipeline import Pipeline, Report, StageReport
+from vidpipe.pipeline import Pipeline, Report
+from vidpipe.runner import StageReport
 
 EVENTS_KEPT = 50
 

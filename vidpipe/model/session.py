@@ -120,7 +120,8 @@ class HostSession:
     """A compiled graph on any provider that takes NumPy arrays.
 
     Inputs that are contiguous are read where they are; others are copied once into a fixed
-    buffer. Outputs are written in place.
+    buffer of the slot. Outputs are written in place. Several threads may `run` it at once, each
+    another slot.
 
     Args:
         compiled: the graph.
@@ -173,7 +174,7 @@ class HostSession:
         self._copies = self.found.ep != CPU_PROVIDER
         self._bindings: dict[int, Any] = {}
         self._addresses: dict[int, list[int]] = {}
-        self._staging: dict[int, np.ndarray[Any, Any]] = {}
+        self._staging: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
         self._strength = np.zeros(compiled.strength_shape or (), np.float32)
         if strength is not None:
             self.set_strength(strength)
@@ -265,7 +266,7 @@ class HostSession:
         binding, addresses = self._bindings[slot], self._addresses[slot]
         for i, (tensor, plane) in enumerate(zip(self.compiled.inputs, inputs, strict=True)):
             if not plane.flags.c_contiguous:
-                plane = self._staged(i, tensor, plane)
+                plane = self._staged((slot, i), tensor, plane)
             address = plane.ctypes.data
             if addresses[i] != address or self._copies:
                 binding.bind_input(tensor.name, "cpu", 0, tensor.dtype, tensor.shape, address)
@@ -305,10 +306,10 @@ class HostSession:
         self._staging.clear()
         self._session = None
 
-    def _staged(self, index: int, tensor: Tensor, plane: Array) -> Array:
-        buffer = self._staging.get(index)
+    def _staged(self, key: tuple[int, int], tensor: Tensor, plane: Array) -> Array:
+        buffer = self._staging.get(key)
         if buffer is None:
-            buffer = self._staging[index] = np.empty(tensor.plane_shape, tensor.dtype)
+            buffer = self._staging[key] = np.empty(tensor.plane_shape, tensor.dtype)
         np.copyto(buffer, plane)
         return buffer
 

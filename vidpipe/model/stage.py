@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from vidpipe.device import CPU, Device, Ring, import_cupy, new_stream
-from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError, SpecError
+from vidpipe.device import CPU, Device, Event, Ring, Slot, import_cupy, new_stream
+from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError, SpecError, VidpipeError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.model import tiling
 from vidpipe.model.compile import Compiled, alignment, compile_model, output_spec
 from vidpipe.model.cuda import GraphUse
 from vidpipe.model.descriptor import Descriptor, describe, find_model
+from vidpipe.model.lanes import Lanes
 from vidpipe.model.session import CpuNode, Session, must_compile, open_session, threads_for
 from vidpipe.model.swap import SwapSession, SwapState
 from vidpipe.model.variant import Variant, check_precision, variant
@@ -29,6 +31,9 @@ DEFAULT_STRENGTH = 1.0
 
 _SAMPLED_FRAMES = {"cpu": 25, "cuda": 100}  # of which one is; on a GPU it takes a dozen launches
 _SAMPLED_ROWS = 8
+
+_Job: TypeAlias = tuple[Frame, Slot, tuple[Array, ...]]
+"""What goes in, and the slot and planes that take what comes out."""
 
 
 @register("model")
@@ -49,7 +54,9 @@ class Model(Stage):
         wait_compile: wait until a provider has compiled the model. Otherwise the CPU runs the
             first frames, where the frames are in host memory.
         chosen: why this device was chosen, for the report.
-        threads: threads of one operator on the CPU; 0 for as many as there are processors.
+        threads: threads on the CPU; 0 for as many as there are processors. Where the rate counts
+            alone, they are shared by two frames at once: with `prefer` "speed", behind a source
+            that is not live.
         tile: "auto" (only when memory is short), "off", or the size of the tiles in input
             pixels such as "640x360", overlap included.
         memory_limit: memory that the model may take, such as "2G"; half of what is free if
@@ -103,11 +110,13 @@ class Model(Stage):
         self._stream: Any = None
         self._bound: set[int] = set()
         self._layout: tiling.Layout | None = None
+        self._wanted_lanes = 1
         self._variant: Variant | None = None
         self._swap: SwapSession | None = None
         self._opened: dict[str, tuple[Sequence[CpuNode], str]] = {}
         self._nodes: dict[str, int] = {}
         self._threads = threads
+        self._lanes: Lanes[_Job] | None = None
         self._frames = 0
         self._grown = 0
         self._samples = 0
@@ -157,8 +166,14 @@ class Model(Stage):
         target = self._target(spec)
         chosen = self._choose_variant(target.provider.half, target.kind, target.provider.name)
         out = output_spec(chosen.model, spec)
-        self._plan_tiles(spec)
+        tiles = self._plan_tiles(spec)
         self._spec, self._out = spec, out
+        self._threads = self.threads or threads_for(self.prefer)
+        self._wanted_lanes = 1
+        if self.prefer == "speed" and not self.live and tiles is None and self._threads % 2 == 0:
+            self._wanted_lanes = target.provider.lanes
+        # One more than can run, so that none waits for the next.
+        self.holds = self._wanted_lanes if self._wanted_lanes > 1 else 0
         return out
 
     def open(self) -> None:
@@ -183,21 +198,23 @@ class Model(Stage):
         compiled = self._compile(tiling.tile_spec(spec, layout) if layout else spec, target)
         limit = self._limit or self.memory_bytes or tiling.available_bytes(spec.device)
         whole = compiled
+        lanes = self._wanted_lanes
         if layout is None and self.tile == "auto":
+            if lanes > 1 and tiling.choose(model, whole, limit // lanes) is not None:
+                lanes = 1
             layout = tiling.choose(model, whole, limit)
             if layout is not None:
                 compiled = self._compile(tiling.tile_spec(spec, layout), target)
         shapes = [(shape, out.format.dtype) for shape in out.plane_shapes()]
-        self._ring = Ring(shapes, self.ring_depth, out.device)
+        self._ring = Ring(shapes, self.ring_depth + self.holds, out.device)
         self._bound.clear()
         self._sampled = _SAMPLED_FRAMES[spec.device.kind]
         self._stream = None if spec.device == CPU else new_stream(spec.device)
         if spec.device != CPU:
             self._change_sum = import_cupy(spec.device).asarray(self._change_sum)
-        self._threads = self.threads or threads_for(self.prefer)
         while True:
             try:
-                self._start(compiled, layout, target, found)
+                self._start(compiled, layout, target, found, lanes)
                 return
             except DeviceMemoryError:
                 # The estimate knows no scratch memory of the provider's own.
@@ -215,13 +232,18 @@ class Model(Stage):
         return variant(self.descriptor, self.precision, on_cpu=on_cpu, provider=provider)
 
     def _start(
-        self, compiled: Compiled, layout: tiling.Layout | None, target: Target, found: Found
+        self,
+        compiled: Compiled,
+        layout: tiling.Layout | None,
+        target: Target,
+        found: Found,
+        lanes: int,
     ) -> None:
         """Load the graph, bind the ring's slots, and run each once where that prepares them."""
         assert self._out is not None
         assert self._ring is not None
         self._opened.clear()
-        self._swap = None
+        self._swap = self._lanes = None
         session: Session
         if self._begins_on_cpu(compiled, found):
             first = self._open(self._compile(compiled.spec, CPU_TARGET), layout, CPU_TARGET)
@@ -234,7 +256,9 @@ class Model(Stage):
                 strength=strength,
             )
         else:
-            session = self._open(compiled, layout, target)
+            session = self._open(compiled, layout, target, lanes)
+            if lanes > 1:
+                self._lanes = Lanes(lanes, self.clock, self.wake, self.name)
         self._session, self._layout = session, layout
         self._nodes = session.nodes_by_provider()
         for slot in self._ring.slots:
@@ -256,7 +280,9 @@ class Model(Stage):
             allow_cpu_nodes=self.allow_cpu_nodes,
         )
 
-    def _open(self, compiled: Compiled, layout: tiling.Layout | None, target: Target) -> Session:
+    def _open(
+        self, compiled: Compiled, layout: tiling.Layout | None, target: Target, lanes: int = 1
+    ) -> Session:
         """Return a session for whole frames; called by another thread while frames flow."""
         assert self._spec is not None
         assert self._out is not None
@@ -266,7 +292,7 @@ class Model(Stage):
             compiled,
             target,
             stream=self._stream,
-            threads=self._threads,
+            threads=self._threads // lanes,
             strength=self._strength,
             prefer=self.prefer,
             allow_cpu_nodes=self.allow_cpu_nodes,
@@ -282,6 +308,8 @@ class Model(Stage):
         return session
 
     def _stop(self) -> None:
+        if self._lanes is not None:
+            self._lanes.close()
         session, self._session = self._session, None
         if session is not None:
             self._nodes = session.nodes_by_provider()
@@ -314,16 +342,47 @@ class Model(Stage):
         if self._stream is not None:
             frame.wait(self._stream)
             slot.write_by(self._stream)
+        if self._lanes is not None:
+            run = functools.partial(self._session.run, slot.index, frame.planes)
+            self._lanes.put(run, (frame, slot, planes), frame.pts)
+            return self._done(self._lanes.count)
         event = self._session.run(slot.index, frame.planes, self._stream)
         if self._swap is not None:
             self._check_swap(self._swap)
         if self._stream is not None:
             frame.read_by(self._stream, event)
+        return (self._result(frame, slot, planes, event),)
+
+    def _result(
+        self, frame: Frame, slot: Slot, planes: tuple[Array, ...], event: Event | None
+    ) -> Frame:
+        assert self._out is not None
         result = frame.replace(planes, self._out, slot=slot, ready=event)
         if self._frames % self._sampled == 0:
             self._sample(frame.planes[0], planes[0])
         self._frames += 1
-        return (result,)
+        return result
+
+    def _done(self, left: int) -> Iterator[Frame]:
+        """Yield the frames that the lanes are done with; wait until so many are left."""
+        if self._lanes is None:
+            return
+        for job, error in self._lanes.done(left):
+            self.aside_s = self._lanes.aside_s
+            if isinstance(error, VidpipeError):
+                error.at(self.name, job[0].time_s)
+            if error is not None:
+                raise error
+            yield self._result(*job, None)
+            del job
+
+    def ready(self) -> Iterable[Frame]:
+        """Give the frames that were run meanwhile."""
+        return () if self._lanes is None else self._done(len(self._lanes))
+
+    def flush(self) -> Iterable[Frame]:
+        """Give the frames that are still being run."""
+        return self._done(0)
 
     def _check_swap(self, swap: SwapSession) -> None:
         """Refuse to go on without a device that the user named."""
@@ -367,12 +426,12 @@ class Model(Stage):
         Keys: "summary", "model", "scale", "frames", "device" (where the frames were),
         "provider" (what `--device` calls the one that ran last), "precision", "chosen" (why,
         where it was not asked for), "swap" (None, or a `SwapState` as a dict),
-        "threads", "nodes" (how many nodes each execution provider ran), "cpu_nodes" (name and
-        operator of those that the CPU ran for another provider), "tiles" (None, or their
-        layout), "ring_grown", "strength" where the model has one, and "mean_change": the mean
-        absolute difference between the input's first plane and the output's, averaged down
-        to the input's size, in 8-bit code values; over every 25th frame (on a GPU every 100th)
-        and every 8th row.
+        "threads", "at_once" (frames that share them), "nodes" (how many nodes each execution
+        provider ran), "cpu_nodes" (name and operator of those that the CPU ran for another
+        provider), "tiles" (None, or their layout), "ring_grown", "strength" where the model has
+        one, and "mean_change": the mean absolute difference between the input's first plane and
+        the output's, averaged down to the input's size, in 8-bit code values; over every 25th
+        frame (on a GPU every 100th) and every 8th row.
         """
         model = self._descriptor
         asked = str(self._target(self._spec) if self._spec else self.device)
@@ -389,6 +448,7 @@ class Model(Stage):
             "swap": swap.to_dict() if swap else None,
             "chosen": self.chosen or None,
             "threads": self._threads,
+            "at_once": self._lanes.count if self._lanes is not None else 1,
             "nodes": dict(self._nodes),
             "cpu_nodes": [asdict(node) for node in cpu_nodes],
             "tiles": str(self._layout) if self._layout else None,

@@ -75,6 +75,8 @@ class Provider:
         cache_option: provider option that takes a folder for its runtime cache, or "".
         context: whether it writes EP context files.
         candidate: whether `--device auto` may choose it.
+        lanes: frames that one session best runs at once, sharing the threads out, where the rate
+            counts and not how soon a frame is out.
     """
 
     name: str = ""
@@ -93,6 +95,7 @@ class Provider:
     cache_option: str = ""
     context: bool = False
     candidate: bool = True
+    lanes: int = 1
 
     def options(self, request: Request) -> dict[str, str]:
         """Return the provider options for a request, without the stream and the graph."""

@@ -14,6 +14,7 @@ class _Cpu(Provider):
     title = "ONNX Runtime on the CPU"
     install = "pip install 'vidpipe[cpu]'"
     portable = False
+    lanes = 2
 
     def configure(self, options: Any, request: Request) -> None:
         options.intra_op_num_threads = request.threads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -234,14 +233,11 @@ def test_tiles_are_halved_until_they_fit(tmp_path: Path, script: Any) -> None:
 
 
 class Tap(Stage):
-    """Passes frames on where they are, one late, and knows on which thread."""
-
-    only_queues = True
+    """Passes frames on where they are, one late."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at = fail_at
         self.held: Frame | None = None
-        self.threads: set[str] = set()
         self.specs: list[FrameSpec] = []
         self.closed = 0
 
@@ -253,7 +249,6 @@ class Tap(Stage):
         return spec
 
     def process(self, frame: Frame) -> Iterable[Frame]:
-        self.threads.add(threading.current_thread().name)
         if frame.pts == self.fail_at:
             raise ZeroDivisionError("no")
         given, self.held = self.held, frame
@@ -265,40 +260,9 @@ class Tap(Stage):
 
     def close(self) -> None:
         self.closed += 1
-        self.threads.add(threading.current_thread().name)
 
 
-class Own(Tap):
-    only_queues = False
-
-
-def test_stages_that_only_queue_work_run_on_the_thread_before_them(tmp_path: Path) -> None:
-    path = str(modelgen.nearest(tmp_path / "m.onnx", 2, 3))
-    taps = Tap(), Own(), Tap()
-    first, own, last = taps
-    stages = (Model(model=path, device="cuda"), first, own, last)
-    frames, report = run(9, *stages)
-    assert [f.pts for f in frames] == list(range(9))
-    assert first.threads == {"vidpipe-in-to-cuda"}
-    assert own.threads == last.threads == {"vidpipe-s2"}
-    assert [t.closed for t in taps] == [1, 1, 1]
-    assert {s.frames_in for s in report.stages[1:]} == {9}
-    assert {s.frames_out for s in report.stages[:-1]} == {9}
-    here, _ = run(9, Model(model=path))
-    assert differ(frames, here) <= 1
-
-
-def test_a_branch_has_threads_of_its_own() -> None:
-    graph, taps = Graph("test"), (Tap(), Tap())
-    graph.add("in", FrameSource(SPEC, (pattern(SPEC, pts) for pts in range(5))))
-    graph.add("up", "transfer", "in", device="cuda")
-    for number, tap in enumerate(taps):
-        graph.add(f"s{number}", tap, "up").add(f"out{number}", Collect(), f"s{number}")
-    assert not Pipeline(graph).run().problems
-    assert [t.threads for t in taps] == [{"vidpipe-s0"}, {"vidpipe-s1"}]
-
-
-def test_a_new_size_is_planned_by_whoever_runs_on_the_thread() -> None:
+def test_a_new_size_is_planned_again_on_the_gpu() -> None:
     small = replace(SPEC, width=8, height=8)
     tap, sink, graph = Tap(), Collect(), Graph("test")
     given = [pattern(SPEC if pts < 3 else small, pts) for pts in range(6)]
@@ -307,7 +271,6 @@ def test_a_new_size_is_planned_by_whoever_runs_on_the_thread() -> None:
     assert not Pipeline(graph).run().problems
     assert [(f.pts, f.spec.width) for f in sink.frames] == [(f.pts, f.spec.width) for f in given]
     assert [s.width for s in tap.specs] == [SPEC.width, 8]
-    assert tap.threads == {"vidpipe-up"}
 
 
 def test_a_failure_names_the_stage_and_closes_everybody_once() -> None:
@@ -320,18 +283,7 @@ def test_a_failure_names_the_stage_and_closes_everybody_once() -> None:
     assert [t.closed for t in taps] == [1, 1, 1]
 
 
-def test_a_stage_that_cannot_be_opened_closes_those_on_its_thread() -> None:
-    class Broken(Tap):
-        def open(self) -> None:
-            raise DeviceError("it is gone")
-
-    taps = Tap(), Broken(), Tap()
-    with pytest.raises(DeviceError, match="stage 's2': it is gone"):
-        run(9, Model(model="nano-2x", device="cuda"), *taps)
-    assert [t.closed for t in taps] == [1, 1, 1]
-
-
-def test_a_profile_tells_apart_those_who_share_a_thread() -> None:
+def test_a_profile_tells_apart_who_shares_a_gpu() -> None:
     tracer, graph = trace.Tracer(), Graph("test")
     graph.add("in", FrameSource(SPEC, (pattern(SPEC, pts) for pts in range(5))))
     graph.add("up", "transfer", "in", device="cuda").add("tap", Tap(), "up")

@@ -182,36 +182,3 @@ class Link:
                 self._writer_waited_s,
                 self._reader_waited_s,
             )
-
-
-class Handover(Link):
-    """A link without a queue: its reader takes every frame on the writer's thread, in `put`.
-
-    Args:
-        capacity: frames that the reader may still read behind `put`, on a device; what the
-            writer's ring is made for.
-        take: takes a frame.
-        finish: is told that no more will come.
-    """
-
-    def __init__(
-        self, capacity: int, take: Callable[[Frame], None], finish: Callable[[], None]
-    ) -> None:
-        super().__init__(capacity)
-        self._take = take
-        self._finish = finish
-
-    def put(self, frame: Frame) -> None:
-        """Let the reader take a frame; returns when it has."""
-        if self._closed:
-            raise LinkClosed
-        self._put += 1
-        self._got += 1
-        self._take(frame)
-
-    def end(self) -> None:
-        """Let the reader hand on what it holds back."""
-        if self._closed:
-            raise LinkClosed
-        super().end()
-        self._finish()

@@ -1,7 +1,5 @@
 """Runs a graph: one thread a stage, bounded links, one supervisor.
 
-Stages that only queue work on a GPU have no thread: they run on that of the stage before.
-
     pipeline = Pipeline(graph)
     report = pipeline.run()
 
@@ -26,7 +24,7 @@ from vidpipe.device import CPU, Device, slot_bytes
 from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import FrameSpec
 from vidpipe.graph import Graph, Node
-from vidpipe.link import Handover, Link, Policy
+from vidpipe.link import Link, Policy
 from vidpipe.runner import Runner, StageReport
 from vidpipe.stage import Actor, Sink, Source, Stage
 from vidpipe.transfer import Transfer
@@ -262,7 +260,6 @@ class Pipeline:
                     actor.plan(spec)
                 planned[name] = runner
             self._runners = planned
-            self._hand_over(specs)
             for runner in planned.values():
                 if isinstance(runner.actor, Stage) and runner.input is not None:
                     runner.actor.wake = runner.input.wake
@@ -278,26 +275,6 @@ class Pipeline:
             raise
         self.specs = specs
         return specs
-
-    def _hand_over(self, specs: dict[str, FrameSpec]) -> None:
-        """Let stages that only queue work on a GPU run on the thread of the stage before.
-
-        A thread of theirs would be woken for every frame to do next to nothing, and wait for
-        Python's lock meanwhile.
-        """
-        for runner in self._runners.values():
-            actor, link = runner.actor, runner.input
-            if not isinstance(actor, Stage) or not actor.only_queues:
-                continue
-            assert link is not None
-            assert runner.writer is not None
-            writer = self._runners[runner.writer]
-            alone = writer.outputs == [link] and link.policy is Policy.BLOCK
-            if alone and specs[runner.writer].device != CPU:
-                runner.input = Handover(link.capacity, runner.take, runner.finish)
-                writer.outputs = [runner.input]
-                runner.host, runner.thread = writer.host, writer.thread
-                runner.host.guests.append(runner)
 
     def _set_ring_depths(self) -> None:
         """Give every ring a slot for each frame that can be on its way, and one to write."""
@@ -378,8 +355,7 @@ class Pipeline:
             self._trace(self._tracer)
         self._gate.expect(len(self._runners))
         for runner in self._runners.values():
-            if runner.host is runner:
-                runner.thread.start()
+            runner.thread.start()
 
     def _trace(self, tracer: trace.Tracer) -> None:
         """Give every actor a track."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -50,11 +49,7 @@ class StageReport:
 
 
 class Runner:
-    """One stage, the thread that it runs on, and its links.
-
-    A stage that needs no thread is the guest of another runner, its host: it opens, works and
-    closes on the host's thread.
-    """
+    """One stage, its thread and its links."""
 
     def __init__(self, node: Node, actor: Actor, pipeline: Pipeline) -> None:
         self.node = node
@@ -72,9 +67,6 @@ class Runner:
         self.track: trace.Track | None = None  # while somebody profiles
         self.queues: list[str] = []  # names of the outputs, likewise
         self.thread = threading.Thread(target=self._run, name=f"vidpipe-{node.name}")
-        self.host = self  # whose thread this one runs on
-        self.guests: list[Runner] = []  # who else runs on this one's thread, in order
-        self._closed = False
 
     @property
     def time_s(self) -> float | None:
@@ -88,15 +80,18 @@ class Runner:
         return 0.0 if self.first_s is None else end_s - self.first_s
 
     def _run(self) -> None:
-        crew = (self, *self.guests)
+        clock = self.pipeline.clock
+        trace.use(self.track)
         try:
             try:
+                start_s = clock.now_s()
                 try:
-                    for member in crew:
-                        member._open()
+                    self._open()
                 finally:
-                    for _ in crew:
-                        self.pipeline._gate.arrive()
+                    self.pipeline._gate.arrive()
+                self.report.open_s = clock.now_s() - start_s
+                if self.track is not None:
+                    self.track.span("open", start_s, start_s + self.report.open_s)
                 if isinstance(self.actor, Source):
                     self.pipeline._gate.wait()
                     self._run_source(self.actor)
@@ -105,58 +100,24 @@ class Runner:
                 else:
                     self._run_sink(self.actor)
             finally:
-                self._close()
+                self.actor.close()
             for link in self.outputs:
                 link.end()
         except LinkClosed:
             pass
+        except VidpipeError as error:
+            self.pipeline._fail(error.at(self.node.name, self.time_s))
         except BaseException as error:
-            self.pipeline._fail(self._blamed(error))
-        finally:
-            for guest in self.guests:
-                try:
-                    guest._close()
-                except BaseException as error:
-                    self.pipeline._fail(guest._blamed(error))
-
-    def _blamed(self, error: BaseException) -> VidpipeError:
-        """Return the error with the place where it happened."""
-        if isinstance(error, VidpipeError):
-            return error.at(self.node.name, self.time_s)
-        wrapped = VidpipeError(f"{type(error).__name__}: {error}")
-        wrapped.__cause__ = error
-        return wrapped.at(self.node.name, self.time_s)
-
-    @contextmanager
-    def _as_guest(self) -> Iterator[None]:
-        """Be the one who works on the host's thread: for profiles, and for blame."""
-        trace.use(self.track)
-        try:
-            yield
-        except LinkClosed:
-            raise
-        except BaseException as error:
-            blamed = self._blamed(error)
-            raise blamed from blamed.__cause__
-        finally:
-            trace.use(self.host.track)
+            wrapped = VidpipeError(f"{type(error).__name__}: {error}")
+            wrapped.__cause__ = error
+            self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
 
     def _open(self) -> None:
-        clock, start_s = self.pipeline.clock, self.pipeline.clock.now_s()
-        with self._as_guest():
-            if self.pipeline._on_gpu:
-                with setup_lock:
-                    self.actor.open()
-            else:
-                self.actor.open()
-        self.report.open_s = clock.now_s() - start_s
-        if self.track is not None:
-            self.track.span("open", start_s, start_s + self.report.open_s)
-
-    def _close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self.actor.close()
+        if not self.pipeline._on_gpu:
+            self.actor.open()
+            return
+        with setup_lock:
+            self.actor.open()
 
     def _run_source(self, source: Source) -> None:
         for frame in self._timed(source.frames):
@@ -173,41 +134,17 @@ class Runner:
                     self._emit(out)
                     del out
                 continue
-            self._step(stage, frame)
+            if self._changed(frame):
+                for out in self._timed(stage.flush):
+                    self._emit(out)
+                self._time(stage.replan, frame.spec)
+            self._took(frame)
+            for out in self._timed(stage.process, frame):
+                self._emit(out)
+                del out
             del frame
         for out in self._timed(stage.flush):
             self._emit(out)
-
-    def _step(self, stage: Stage, frame: Frame) -> None:
-        if self._changed(frame):
-            for out in self._timed(stage.flush):
-                self._emit(out)
-            self._time(stage.replan, frame.spec)
-        self._took(frame)
-        for out in self._timed(stage.process, frame):
-            self._emit(out)
-            del out
-
-    def take(self, frame: Frame) -> None:
-        """Take a frame on the host's thread."""
-        assert isinstance(self.actor, Stage)
-        with self._as_guest():
-            if self.track is None:
-                self._step(self.actor, frame)
-                return
-            start_s, self.track.pts = self.pipeline.clock.now_s(), frame.pts
-            self._step(self.actor, frame)
-            self.track.span("frame", start_s, self.pipeline.clock.now_s(), pts=frame.pts)
-
-    def finish(self) -> None:
-        """Hand on what is held back, on the host's thread, and end."""
-        assert isinstance(self.actor, Stage)
-        with self._as_guest():
-            for out in self._timed(self.actor.flush):
-                self._emit(out)
-            self._close()
-        for link in self.outputs:
-            link.end()
 
     def _run_sink(self, sink: Sink) -> None:
         for frame in self._input():

@@ -1,9 +1,9 @@
 """The contracts of sources, stages and sinks, and the registry that names them.
 
-Each of them is one actor: the pipeline calls it from one thread, mostly its own, in this order:
+Each of them is one actor: the pipeline calls it from one thread, in this order:
 
     plan     before anything starts; pure, says what comes out of what goes in
-    open     on the actor's thread: allocate, compile, warm up
+    open     on the actor's own thread: allocate, compile, warm up
     ...      frames
     flush    or `finish` in a sink: the stream has ended, hand out what is held back
     close    always, once, also after an error; lets go of everything
@@ -119,10 +119,6 @@ class Source(_Actor):
 
 class Stage(_Actor):
     """Frames in, frames out."""
-
-    only_queues: bool = False
-    """Whether `process`, given frames on a GPU, does no more than queue work there. Such a stage
-    needs no thread: the pipeline may call it on the thread of the stage before."""
 
     @abstractmethod
     def plan(self, spec: FrameSpec) -> FrameSpec:

@@ -84,7 +84,6 @@ class Transfer(Stage):
         device: "cpu", "cuda" or "cuda:N".
     """
 
-    only_queues = True
     policy: Policy = Policy.BLOCK
     """What the links behind it do when they are full: what those behind a source before it do."""
 

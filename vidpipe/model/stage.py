@@ -64,7 +64,6 @@ class Model(Stage):
     """
 
     takes_memory = True
-    only_queues = True
 
     def __init__(
         self,

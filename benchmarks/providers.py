@@ -1,7 +1,7 @@
 """Providers and precisions: a network alone, and the whole pipeline around it, in one run.
 
 The network is the one that other tools were measured with: luma, space-to-depth 2, six 3x3
-convolutions of 32 channels, depth-to-space, at 960x540. `alone` is ONNX Runtime on the bare
+convolutions of 32 channels, depth-to-space, at 960x540. `alone` is each provider on the bare
 network, float tensors in and out; `session` the frame graph on planes; `run` is `vidpipe run` to
 null, decoding included, on each provider found. Everything is measured in turns while frames flow:
 loading and compiling are in no figure. Only ratios should be quoted; those of the pipeline are of
@@ -39,7 +39,7 @@ from vidpipe.model.quantize import convert, pick
 from vidpipe.model.session import HostSession
 from vidpipe.model.variant import int8_copy
 from vidpipe.providers import all_providers
-from vidpipe.providers.base import Found, find
+from vidpipe.providers.base import Found, Request, find
 from vidpipe.providers.runtime import default_threads, import_onnxruntime
 
 VSMLRT_SHARE = 12.7 / 12.9
@@ -82,11 +82,13 @@ def _network(clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
         [frames[i] for i in sorted(checked)],
     )
     files = {"fp32": network, "int8": describe(verdict.path)}
+    providers = _providers()
     alone = "alone_cpu_fp32"
+    networks = {f"alone_{label}_fp32": _alone(network, found) for label, found in providers.items()}
     sessions: dict[str, Callable[[], float]] = {}
     runs: dict[str, Callable[[], float]] = {}
     reference: list[np.ndarray[Any, Any]] | None = None
-    for label, found in _providers().items():
+    for label, found in providers.items():
         for precision, descriptor in files.items():
             try:
                 loop, picture = _session(descriptor, found, frames[0])
@@ -96,12 +98,12 @@ def _network(clip: Path, folder: Path, rounds: int) -> dict[str, Any]:
             _check(reference[0], picture[0], f"{label} {precision}")
             sessions[f"session_{label}_{precision}"] = loop
             runs[f"run_{label}_{precision}"] = _run(small, descriptor, label)
-    fps = _interleaved({alone: _alone(network), **sessions, **runs}, rounds)
+    fps = _interleaved({**networks, **sessions, **runs}, rounds)
     best = {
         precision: max((name for name in runs if name.endswith(precision)), key=fps.__getitem__)
         for precision in files
     }
-    fastest = max(fps[name] for name in (alone, *sessions) if name.endswith("fp32"))
+    fastest = max(fps[name] for name in (*networks, *sessions) if name.endswith("fp32"))
     return {
         "size": f"{SIZE[0]}x{SIZE[1]}",
         "threads": default_threads(),
@@ -177,12 +179,14 @@ def _clip(source: Path, path: Path, size: tuple[int, int], count: int) -> Path:
     return path
 
 
-def _alone(model: Descriptor) -> Callable[[], float]:
+def _alone(model: Descriptor, found: Found) -> Callable[[], float]:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
-    options.intra_op_num_threads = default_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
+    request = Request(threads=default_threads(), kind=found.kind)
+    options.intra_op_num_threads = request.threads
+    found.provider.configure(options, request)
+    asked = found.attach(options, found.provider.options(request))
+    session = ort.InferenceSession(str(model.path), options, enable_fallback=0, **asked)
     feeds = {model.input: np.full((1, 1, SIZE[1], SIZE[0]), 0.5, np.float32)}
     return lambda: _rate(lambda: session.run(None, feeds))
 

@@ -18,6 +18,9 @@ from vidpipe.stage import Sink, Source, Stage
 
 SAMPLE_RATE = 48000
 
+KEYS_X264 = {"preset": "ultrafast", "g": "20", "keyint_min": "20", "bf": "3", "sc_threshold": "0"}
+"""A key frame every 20 frames, and B-frames."""
+
 
 def copy(source: Source, sink: Sink, *stages: Stage) -> FrameSpec:
     """Run a source into a sink on one thread; returns the first spec that the sink got."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from training.networks import SPECS, NetSpec, PlaneNet, cubic_phases
 from training.train import state_of
 
-VERSION = "1.2.0"
+VERSION = "1.3.0"
 OPSET = 18
 IR_VERSION = 10
 DESCRIPTIONS = {

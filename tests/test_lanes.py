@@ -125,6 +125,22 @@ def test_two_models_in_a_row_need_no_more_slots_than_were_made(path: str) -> Non
     assert [report.stage(name).facts["ring_grown"] for name in ("one", "two")] == [0, 0]
 
 
+def test_a_change_of_size_finishes_what_is_under_way(path: str) -> None:
+    other = spec(48, 32)
+    given = [pattern(SPEC if pts < 7 else other, pts) for pts in range(14)]
+    graph = Graph().add("in", FrameSource(SPEC, given))
+    model = Model(model=path, threads=2)
+    sink = Copies()
+    graph.add("model", model, "in").add("out", sink, "model")
+    report = Pipeline(graph).run()
+    assert not report.problems
+    assert [(f.pts, f.spec.width) for f in sink.frames] == [
+        (f.pts, 2 * f.spec.width) for f in given
+    ]
+    assert report.stage("model").facts["at_once"] == 2
+    assert report.stage("model").busy_s > 0
+
+
 def test_an_error_is_blamed_on_its_frame(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = HostSession.run
 

@@ -87,8 +87,9 @@ class LiveWriter:
             self._video = self._add_video(video)
             self._audio: Any = None
             if sound is not None:
-                options = SOUND[sound_encoder]
-                self._audio = self._out.add_stream(sound_encoder, rate=RATE, options=options)
+                self._audio = self._out.add_stream(
+                    sound_encoder, rate=RATE, options=SOUND[sound_encoder]
+                )
                 self._audio.codec_context.layout = "stereo"
                 self._audio.codec_context.bit_rate = 128_000
             self._out.start_encoding()

@@ -116,6 +116,7 @@ class Model(Stage):
         self._nodes: dict[str, int] = {}
         self._threads = threads
         self._lanes: Lanes[_Job] | None = None
+        self._aside_before_s = 0.0
         self._frames = 0
         self._grown = 0
         self._samples = 0
@@ -257,6 +258,7 @@ class Model(Stage):
         else:
             session = self._open(compiled, layout, target, lanes)
             if lanes > 1:
+                self._aside_before_s = self.aside_s
                 self._lanes = Lanes(lanes, self.clock, self.wake, self.name)
         self._session, self._layout = session, layout
         self._nodes = session.nodes_by_provider()
@@ -367,7 +369,7 @@ class Model(Stage):
         if self._lanes is None:
             return
         for job, error in self._lanes.done(left):
-            self.aside_s = self._lanes.aside_s
+            self.aside_s = self._aside_before_s + self._lanes.aside_s
             if isinstance(error, VidpipeError):
                 error.at(self.name, job[0].time_s)
             if error is not None:

@@ -15,6 +15,9 @@ from vidpipe.errors import ModelError
 from vidpipe.frame import Frame
 from vidpipe.graph import Graph
 from vidpipe.link import Link, Policy
+from vidpipe.model import tiling
+from vidpipe.model.compile import compile_model
+from vidpipe.model.descriptor import describe
 from vidpipe.model.lanes import Lanes
 from vidpipe.model.session import HostSession
 from vidpipe.model.stage import Model
@@ -86,6 +89,26 @@ def test_where_it_does_not_suit_it_is_one_frame_at_a_time(
     frames, facts = run(given(3), model=path, **options)
     assert len(frames) == 3
     assert facts["at_once"] == 1
+
+
+def test_where_memory_is_short_it_is_one_frame_at_a_time_and_then_tiles(path: str) -> None:
+    whole = compile_model(describe(Path(path)), SPEC)
+    weights, peak = tiling.weight_bytes(whole.proto), tiling.peak_bytes(whole.proto)
+    for limit, at_once, tiled in (
+        (2 * peak - weights, 2, False),
+        (2 * peak - weights - 1, 1, False),
+        (peak, 1, False),
+    ):
+        frames, facts = run(given(5), model=path, threads=2, memory_limit=str(limit))
+        assert len(frames) == 5
+        assert (facts["at_once"], facts["tiles"] is not None) == (at_once, tiled)
+    large = spec(96, 96)
+    peak = tiling.peak_bytes(compile_model(describe(Path(path)), large).proto)
+    source = FrameSource(large, (pattern(large, pts) for pts in range(5)))
+    frames, facts = run(source, model=path, threads=2, memory_limit=str(peak - 1))
+    assert len(frames) == 5
+    assert facts["at_once"] == 1
+    assert facts["tiles"]
 
 
 def test_frames_of_a_live_source_are_run_one_by_one(path: str) -> None:

@@ -199,9 +199,9 @@ class Model(Stage):
         limit = self._limit or self.memory_bytes or tiling.available_bytes(spec.device)
         whole = compiled
         lanes = self._wanted_lanes
+        if lanes > 1 and not tiling.fits(whole, lanes, limit):
+            lanes = 1
         if layout is None and self.tile == "auto":
-            if lanes > 1 and tiling.choose(model, whole, limit // lanes) is not None:
-                lanes = 1
             layout = tiling.choose(model, whole, limit)
             if layout is not None:
                 compiled = self._compile(tiling.tile_spec(spec, layout), target)

@@ -176,6 +176,18 @@ def choose(model: Descriptor, whole: Compiled, limit_bytes: int) -> Layout | Non
     )
 
 
+def fits(whole: Compiled, frames: int, limit_bytes: int) -> bool:
+    """Return whether so many frames at once, without tiles, are estimated to be within a limit.
+
+    Args:
+        whole: the graph for the whole picture.
+        frames: run at once by one session, which has the constants once.
+        limit_bytes: for constants and tensors.
+    """
+    weights = weight_bytes(whole.proto)
+    return weights + frames * (peak_bytes(whole.proto) - weights) <= limit_bytes
+
+
 def weight_bytes(proto: onnx.ModelProto) -> int:
     """Return the size of a model's constants."""
     return sum(_bytes(i.data_type, i.dims) for i in proto.graph.initializer)

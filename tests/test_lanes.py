@@ -198,14 +198,12 @@ def test_time_in_lanes_is_shared_out_and_waits_are_not_counted_twice() -> None:
     lanes: Lanes[str] = Lanes(2, clock, woken.release, "test")
     lanes.put(lambda: clock.advance(3.0), "first", 0)
     assert woken.acquire(timeout=60)
-    assert list(lanes.done(1)) == [("first", None)]
-    assert lanes.aside_s == 1.5
+    assert list(lanes.done(1)) == [("first", None, 1.5)]
     error = ValueError("no")
 
     def fail() -> None:
         raise error
 
     lanes.put(fail, "second", 1)
-    assert list(lanes.done(0)) == [("second", error)]
-    assert lanes.aside_s == 1.5
+    assert list(lanes.done(0)) == [("second", error, 0.0)]
     lanes.close()

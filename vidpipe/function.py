@@ -125,8 +125,8 @@ class Function(Stage):
         self._frames += 1
         ready = None
         if stream is not None:
-            frame.read_by(stream)
             ready = stream.record()
+            frame.read_by(stream, ready)
         return (frame.replace(planes, self._out, slot=slot, ready=ready),)
 
     def close(self) -> None:

@@ -260,9 +260,6 @@ class Pipeline:
                     actor.plan(spec)
                 planned[name] = runner
             self._runners = planned
-            for runner in planned.values():
-                if isinstance(runner.actor, Stage) and runner.input is not None:
-                    runner.actor.wake = runner.input.wake
             self._set_ring_depths()
             self._on_gpu = any(spec.device != CPU for spec in specs.values())
             if self._vram_limit is not None:

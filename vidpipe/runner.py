@@ -113,6 +113,8 @@ class Runner:
             self.pipeline._fail(wrapped.at(self.node.name, self.time_s))
 
     def _open(self) -> None:
+        if isinstance(self.actor, Stage) and self.input is not None:
+            self.actor.wake = self.input.wake
         if not self.pipeline._on_gpu:
             self.actor.open()
             return

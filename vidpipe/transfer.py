@@ -57,8 +57,9 @@ class Mover:
             for source, target in zip(frame.planes, planes, strict=True):
                 source = self._cupy.ascontiguousarray(source)
                 source.get(stream=stream, out=target, blocking=False)
-        frame.read_by(stream)
-        return frame.replace(planes, self.spec, slot=slot, ready=stream.record())
+        ready = stream.record()
+        frame.read_by(stream, ready)
+        return frame.replace(planes, self.spec, slot=slot, ready=ready)
 
     def _upload(self, frame: Frame, slot: Slot, planes: tuple[Any, ...]) -> Frame:
         assert self._staging is not None

@@ -26,16 +26,10 @@ class Lanes(Generic[Job]):
         clock: of the times.
         wake: called, on a thread of a lane, whenever a job is over.
         name: of the stage.
-
-    Attributes:
-        count: see above.
-        aside_s: time that the jobs took, shared out among the lanes, but for what their user
-            waited for them: what its own clock has not seen.
     """
 
     def __init__(self, count: int, clock: Clock, wake: Callable[[], None], name: str) -> None:
         self.count = count
-        self.aside_s = 0.0
         self._clock = clock
         self._wake = wake
         self._jobs: deque[tuple[Future[float], Job]] = deque()
@@ -65,8 +59,11 @@ class Lanes(Generic[Job]):
             self._local.track.span("run", start_s, end_s, pts=pts)
         return end_s - start_s
 
-    def done(self, left: int) -> Iterator[tuple[Job, BaseException | None]]:
-        """Yield the jobs that are over, in the order in which they were put, and their errors.
+    def done(self, left: int) -> Iterator[tuple[Job, BaseException | None, float]]:
+        """Yield (job, its error, seconds) of the jobs that are over, in the order they were put in.
+
+        The seconds are what the job took, shared out among the lanes, but for what was waited for
+        it here: what the user's own clock has not seen.
 
         Args:
             left: wait until no more than so many are left.
@@ -75,10 +72,9 @@ class Lanes(Generic[Job]):
             future, job = self._jobs.popleft()
             start_s = self._clock.now_s()
             error = future.exception()
-            self.aside_s -= self._clock.now_s() - start_s
-            if error is None:
-                self.aside_s += future.result() / self.count
-            yield job, error
+            waited_s = self._clock.now_s() - start_s
+            took_s = future.result() / self.count if error is None else 0.0
+            yield job, error, took_s - waited_s
 
     def close(self) -> None:
         """Wait for what runs, drop the rest."""

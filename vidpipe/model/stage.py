@@ -109,18 +109,15 @@ class Model(Stage):
         self._stream: Any = None
         self._bound: set[int] = set()
         self._layout: tiling.Layout | None = None
-        self._wanted_lanes = 1
         self._variant: Variant | None = None
         self._swap: SwapSession | None = None
         self._opened: dict[str, tuple[Sequence[CpuNode], str]] = {}
         self._nodes: dict[str, int] = {}
         self._threads = threads
         self._lanes: Lanes[_Job] | None = None
-        self._aside_before_s = 0.0
         self._frames = 0
         self._grown = 0
         self._samples = 0
-        self._sampled = 1
         self._change_sum: Any = np.zeros(1)
         self._graph_use: GraphUse | None = None
 
@@ -169,11 +166,10 @@ class Model(Stage):
         tiles = self._plan_tiles(spec)
         self._spec, self._out = spec, out
         self._threads = self.threads or threads_for(self.prefer)
-        self._wanted_lanes = 1
+        self.holds = 0
         if self.prefer == "speed" and not self.live and tiles is None and self._threads % 2 == 0:
-            self._wanted_lanes = target.provider.lanes
-        # One more than can run, so that none waits for the next.
-        self.holds = self._wanted_lanes if self._wanted_lanes > 1 else 0
+            # Beside the one in `process`, as many as can run, so that no lane waits for the next.
+            self.holds = target.provider.lanes if target.provider.lanes > 1 else 0
         return out
 
     def open(self) -> None:
@@ -198,17 +194,16 @@ class Model(Stage):
         compiled = self._compile(tiling.tile_spec(spec, layout) if layout else spec, target)
         limit = self._limit or self.memory_bytes or tiling.available_bytes(spec.device)
         whole = compiled
-        lanes = self._wanted_lanes
+        lanes = self.holds or 1
         if lanes > 1 and not tiling.fits(whole, lanes, limit):
             lanes = 1
-        if layout is None and self.tile == "auto":
+        if lanes == 1 and layout is None and self.tile == "auto":
             layout = tiling.choose(model, whole, limit)
             if layout is not None:
                 compiled = self._compile(tiling.tile_spec(spec, layout), target)
         shapes = [(shape, out.format.dtype) for shape in out.plane_shapes()]
         self._ring = Ring(shapes, self.ring_depth + self.holds, out.device)
         self._bound.clear()
-        self._sampled = _SAMPLED_FRAMES[spec.device.kind]
         self._stream = None if spec.device == CPU else new_stream(spec.device)
         if spec.device != CPU:
             self._change_sum = import_cupy(spec.device).asarray(self._change_sum)
@@ -258,7 +253,6 @@ class Model(Stage):
         else:
             session = self._open(compiled, layout, target, lanes)
             if lanes > 1:
-                self._aside_before_s = self.aside_s
                 self._lanes = Lanes(lanes, self.clock, self.wake, self.name)
         self._session, self._layout = session, layout
         self._nodes = session.nodes_by_provider()
@@ -359,7 +353,7 @@ class Model(Stage):
     ) -> Frame:
         assert self._out is not None
         result = frame.replace(planes, self._out, slot=slot, ready=event)
-        if self._frames % self._sampled == 0:
+        if self._frames % _SAMPLED_FRAMES[frame.spec.device.kind] == 0:
             self._sample(frame.planes[0], planes[0])
         self._frames += 1
         return result
@@ -368,8 +362,8 @@ class Model(Stage):
         """Yield the frames that the lanes are done with; wait until so many are left."""
         if self._lanes is None:
             return
-        for job, error in self._lanes.done(left):
-            self.aside_s = self._aside_before_s + self._lanes.aside_s
+        for job, error, aside_s in self._lanes.done(left):
+            self.aside_s += aside_s
             if isinstance(error, VidpipeError):
                 error.at(self.name, job[0].time_s)
             if error is not None:

@@ -100,6 +100,11 @@ class Event:
         self.stream, self.position = stream, len(stream.work)
         self.elapsed_ms = stream.elapsed_ms
 
+    @property
+    def done(self) -> bool:
+        with _lock:  # not while its work is being done
+            return self.stream is None or self.stream.done >= self.position
+
     def reach(self) -> None:
         if self.stream is not None:
             self.stream.reach(self.position)
@@ -272,7 +277,11 @@ def installed() -> Iterator[Script]:
         return array
 
     def kernel(name: str) -> Callable[..., None]:
-        return lambda *_: script.kernels.append(name)
+        def launch(grid: Any, block: Any, arguments: Any, *, stream: Stream) -> None:
+            assert stream.ptr in _streams
+            script.kernels.append(name)
+
+        return launch
 
     cupy: Any = ModuleType("cupy")
     cupy.ndarray, cupy.empty, cupy.zeros = Array, empty, empty

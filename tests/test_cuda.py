@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -485,3 +486,39 @@ def test_two_decoders_of_one_gpu_to_nothing(long_clip: Path) -> None:
     for watch in run.watches:
         assert watch.times == sorted(watch.times)
         assert watch.device == GPU
+
+
+def test_a_thread_may_wait_for_the_gpu_while_another_captures_a_graph(cupy: Any) -> None:
+    # As ONNX Runtime captures: in the mode in which a wait of another thread makes both fail.
+    capturing, waited = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            stream = devices.new_stream(GPU)
+            event = stream.record()
+            capturing.wait()
+            event.synchronize()
+            stream.synchronize()
+            Ring([((8, 8), np.uint8)], 1, GPU)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            waited.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    values = cupy.zeros(4, cupy.float32)
+    with stream:
+        values += 1  # compiled here, not in the capture
+        stream.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
+        values += 1
+        capturing.set()
+        waited.wait()
+        graph = stream.end_capture()
+    thread.join()
+    assert not errors
+    graph.launch(stream)
+    stream.synchronize()
+    assert values.get().tolist() == [2.0] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,9 +27,9 @@ from vidpipe.model.stage import Model
 from vidpipe.pipeline import Pipeline
 from vidpipe.providers import provider
 from vidpipe.providers.base import Found
-from vidpipe.stage import FrameSource, Null, Stage
+from vidpipe.stage import FrameSource, Null, Sink, Stage
 from vidpipe.testing import Collect, pattern, spec
-from vidpipe.transfer import Mover
+from vidpipe.transfer import Mover, Transfer
 
 GPU = Device("cuda")
 SPEC = spec(name="nv12")
@@ -294,3 +295,58 @@ def test_a_profile_tells_apart_who_shares_a_gpu() -> None:
         own = [e for e in events if e["ph"] == "X" and e["tid"] == tracks[name]]
         assert [e["args"]["pts"] for e in own if e["name"] == "frame"] == list(range(5))
         assert sum(e["name"] == "open" for e in own) == 1
+
+
+class Finished(Sink):
+    """Reads frames on the GPU as it gets them, without asking whether they are finished."""
+
+    finished = True
+
+    def __init__(self) -> None:
+        self.planes: list[list[Any]] = []
+
+    def device_for(self, spec: FrameSpec) -> Device:
+        return spec.device
+
+    def plan(self, spec: FrameSpec) -> None:
+        assert spec.device == GPU
+
+    def write(self, frame: Frame) -> None:
+        self.planes.append([np.array(plane) for plane in frame.planes])
+
+
+@pytest.mark.parametrize("bundles", [True, False])
+def test_a_sink_gets_frames_that_are_finished_where_it_says_so(script: Any, bundles: bool) -> None:
+    made = replace(SPEC, device=GPU)
+
+    def frames() -> Iterator[Frame]:
+        stream = new_stream(GPU)
+        for pts in range(11):
+            _, planes = Ring([(shape, np.uint8) for shape in made.plane_shapes()], 1, GPU).lease()
+            stream.add(functools.partial(planes[0].fill, 100 + pts))
+            yield Frame(planes, made, pts, ready=stream.record())
+
+    graph, sink, source = Graph("test"), Finished(), FrameSource(made, frames())
+    source.bundles = bundles
+    graph.add("in", source).add("out", sink, "in")
+    Pipeline(graph).run()
+    assert [set(planes[0].flat) for planes in sink.planes] == [{100 + pts} for pts in range(11)]
+
+
+@pytest.mark.parametrize(
+    ("bundles", "width", "limit", "bundle"),
+    [(True, 64, None, 4), (False, 64, None, 1), (True, 64, 1 << 30, 1), (True, 8192, None, 1)],
+)
+def test_small_frames_of_a_file_go_in_bundles_where_memory_is_not_limited(
+    script: Any, bundles: bool, width: int, limit: int | None, bundle: int
+) -> None:
+    made = spec(width, width // 2, name="nv12")
+    source = FrameSource(made, [])
+    source.bundles = bundles
+    graph, up = Graph("test"), Transfer(device="cuda")
+    graph.add("in", source).add("up", up, "in").add("out", Finished(), "up")
+    pipeline = Pipeline(graph, vram_limit=limit)
+    pipeline.plan()
+    assert source.bundle == bundle
+    # On the link before it, in the reader's hands, and written to.
+    assert up.ring_depth == (8 if bundle > 1 else 2) + 2

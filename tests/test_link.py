@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -123,3 +124,84 @@ def test_waiting_is_measured_with_the_given_clock() -> None:
 def test_capacity_is_at_least_one() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Link(0)
+
+
+def in_thread(call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_bundles_lose_nothing_whatever_their_size(count: int) -> None:
+    link = Link(8)
+    link.bundle = 4
+    given, got = frames(count), []
+    reader = in_thread(lambda: got.extend(link))
+    for frame in given:
+        link.put(frame)
+    link.end()
+    reader.join()
+    assert got == given
+
+
+def test_a_reader_sleeps_until_a_bundle_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidpipe.link._PATIENCE_S", 600.0)
+    link = Link(8)
+    link.bundle = 3
+    given, got = frames(3), []
+    reader = in_thread(lambda: got.extend(link))
+    while link._wanted == 1:
+        pass
+    for frame in given[:2]:
+        link.put(frame)
+        assert link.statistics().got == 0
+    link.put(given[2])
+    while link.statistics().got < 3:
+        pass
+    link.end()
+    reader.join()
+    assert got == given
+
+
+def test_a_frame_that_stays_alone_is_not_kept_for_a_bundle() -> None:
+    link = Link(8)
+    link.bundle = 4
+    (frame,) = frames(1)
+    items = iter(link)
+    writer = in_thread(lambda: link.put(frame))
+    assert next(items) is frame
+    writer.join()
+
+
+def test_a_writer_sleeps_until_there_is_room_for_a_bundle() -> None:
+    link = Link(4)
+    link.bundle = 2
+    given = frames(6)
+
+    def write() -> None:
+        for frame in given:
+            link.put(frame)
+        link.end()
+
+    writer = in_thread(write)
+    while link.statistics().put < 4:
+        pass
+    items = iter(link)
+    got = [next(items)]
+    assert link.statistics().put == 4
+    got += items
+    writer.join()
+    assert got == given
+
+
+def test_a_waiting_frame_can_be_looked_at() -> None:
+    link = Link(4)
+    given = frames(3)
+    assert link.peek(0) is None
+    for frame in given:
+        link.put(frame)
+    assert link.peek(1) is given[1]
+    assert link.peek(9) is given[2]
+    link.end()
+    assert list(link) == given

@@ -8,10 +8,13 @@ so its events are None.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
+import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,6 +78,7 @@ def import_cupy(device: Device | None = None) -> Any:
     except ImportError:
         raise MissingExtraError("cupy", "cuda13") from None
     if device is not None:
+        _ignore_captures()
         try:
             cupy.cuda.Device(device.index).use()
         except cupy.cuda.runtime.CUDARuntimeError as error:
@@ -83,6 +87,27 @@ def import_cupy(device: Device | None = None) -> Any:
                 hint="See vidpipe devices for what there is",
             ) from None
     return cupy
+
+
+_thread = threading.local()
+_CAPTURE_MODE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+
+
+def _ignore_captures() -> None:
+    """Let the calling thread wait for the GPU while another one captures a CUDA graph.
+
+    ONNX Runtime captures in the mode in which a wait or an allocation of any other thread fails,
+    and makes the capture fail too. A thread can opt out of that, once, by the driver's
+    `cuThreadExchangeStreamCaptureMode`.
+    """
+    if getattr(_thread, "ignores_captures", False):
+        return
+    _thread.ignores_captures = True
+    with suppress(OSError):
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuThreadExchangeStreamCaptureMode(
+            ctypes.byref(ctypes.c_int(_CAPTURE_MODE_THREAD_LOCAL))
+        )
 
 
 class HostWaits:
@@ -111,17 +136,35 @@ def _stream_class() -> type:
     import cupy
 
     class CountedEvent(cupy.cuda.Event):  # type: ignore[misc]
+        def __init__(self, stream: CountedStream) -> None:
+            super().__init__(disable_timing=True)
+            self._stream = stream
+
         def synchronize(self) -> None:
             host_waits.add()
-            super().synchronize()
+            _ignore_captures()
+            if not self.done:
+                self._stream.wait_on_host(self)
 
     class CountedStream(cupy.cuda.Stream):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(non_blocking=True)
+            # An event that can be waited for without spinning interrupts the host each time that
+            # it is reached. So such a one is recorded only where somebody waits.
+            self._waiting = cupy.cuda.Stream(non_blocking=True)
+            self._reached = cupy.cuda.Event(block=True, disable_timing=True)
+
         def record(self, event: Any = None) -> Any:
-            # Waiting for such an event does not spin, and it keeps no time.
-            return super().record(event or CountedEvent(block=True, disable_timing=True))
+            return super().record(event or CountedEvent(self))
+
+        def wait_on_host(self, event: Any) -> None:
+            self._waiting.wait_event(event)
+            self._waiting.record(self._reached)
+            self._reached.synchronize()
 
         def synchronize(self) -> None:
             host_waits.add()
+            _ignore_captures()
             super().synchronize()
 
     return CountedStream
@@ -134,7 +177,7 @@ def new_stream(device: Device) -> Any:
         DeviceError: there is no such device.
     """
     import_cupy(device)
-    return trace.follow(_stream_class()(non_blocking=True))
+    return trace.follow(_stream_class()())
 
 
 class Event(Protocol):

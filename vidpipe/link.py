@@ -52,8 +52,16 @@ class LinkStatistics:
     reader_waited_s: float
 
 
+_PATIENCE_S = 0.02
+
+
 class Link:
     """A bounded queue of frames with one writer and one reader.
+
+    Waking a thread costs more than many a stage needs for a frame. `bundle` lets a side that had
+    to wait sleep until there is something to do for so many frames: the writer until there is
+    room for them, the reader until they are there, or for 20 ms. A reader that has found nothing
+    by then gets the next frame at once.
 
     Args:
         capacity: the most frames that may wait, at least 1.
@@ -74,6 +82,7 @@ class Link:
             raise ValueError(f"capacity is {capacity}, expected at least 1")
         self.capacity = capacity
         self.policy = policy
+        self.bundle = 1
         self._clock = clock or MonotonicClock()
         self._stale = stale if policy is Policy.LATEST else None
         self._queue: deque[Frame] = deque()
@@ -81,6 +90,7 @@ class Link:
         self._ended = False
         self._closed = False
         self._woken = False
+        self._wanted = 1  # frames that the reader waits for
         self._put = self._got = self._dropped = 0
         self._writer_waited_s = self._reader_waited_s = 0.0
 
@@ -97,13 +107,14 @@ class Link:
                     self._dropped += 1
                 else:
                     start_s = self._clock.now_s()
-                    self._changed.wait_for(lambda: self._closed or len(self._queue) < self.capacity)
+                    self._changed.wait_for(lambda: self._closed or self._has_room())
                     self._writer_waited_s += self._clock.now_s() - start_s
             if self._closed:
                 raise LinkClosed
             self._queue.append(frame)
             self._put += 1
-            self._changed.notify_all()
+            if len(self._queue) >= self._wanted:
+                self._changed.notify_all()
 
     def end(self) -> None:
         """Say that no more frames will come; queued ones are still delivered."""
@@ -146,7 +157,7 @@ class Link:
             with self._changed:
                 if not self._has_news():
                     start_s = self._clock.now_s()
-                    self._changed.wait_for(self._has_news)
+                    self._wait_for_news()
                     self._reader_waited_s += self._clock.now_s() - start_s
                 if self._closed:
                     raise LinkClosed
@@ -158,8 +169,29 @@ class Link:
             yield frame
             del frame
 
+    def peek(self, ahead: int) -> Frame | None:
+        """Return the frame that comes so many frames after the next one, or the last that waits.
+
+        Returns:
+            None if none waits.
+        """
+        with self._changed:
+            queue = self._queue
+            return queue[min(ahead, len(queue) - 1)] if queue else None
+
     def _has_news(self) -> bool:
-        return bool(self._queue) or self._ended or self._closed or self._woken
+        return len(self._queue) >= self._wanted or self._ended or self._closed or self._woken
+
+    def _wait_for_news(self) -> None:
+        bundle = min(self.bundle, self.capacity)
+        if bundle > 1:
+            self._wanted = bundle
+            self._changed.wait_for(self._has_news, _PATIENCE_S)
+            self._wanted = 1
+        self._changed.wait_for(self._has_news)
+
+    def _has_room(self) -> bool:
+        return len(self._queue) <= max(0, self.capacity - self.bundle)
 
     def _pop(self) -> Frame:
         frame = self._queue.popleft()
@@ -167,7 +199,8 @@ class Link:
             frame = self._queue.popleft()
             self._dropped += 1
         self._got += 1
-        self._changed.notify_all()
+        if self._has_room():
+            self._changed.notify_all()
         return frame
 
     def statistics(self) -> LinkStatistics:

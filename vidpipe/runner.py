@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidpipe import trace
-from vidpipe.device import CPU, setup_lock
+from vidpipe.device import CPU, Event, setup_lock
 from vidpipe.errors import VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Node
@@ -62,6 +62,7 @@ class Runner:
         self.spec: FrameSpec | None = None
         self.pts: int | None = None  # of the frame at hand, in ticks of `time_base`
         self.time_base = Fraction(1)
+        self._finished_pts: int | None = None  # frames up to there are finished on the GPU
         self.first_s: float | None = None
         self.end_pts = 0  # where the frames taken so far end
         self.track: trace.Track | None = None  # while somebody profiles
@@ -196,13 +197,26 @@ class Runner:
         return frame.spec is not self.spec and frame.spec != self.spec
 
     def _took(self, frame: Frame) -> None:
-        if frame.ready is not None and frame.spec.device == CPU:
-            # NumPy knows no streams: a copy from a GPU has to be over before it is read.
-            frame.ready.synchronize()
-            frame.ready = None
+        # NumPy knows no streams: a copy from a GPU has to be over before it is read.
+        event, on_cpu = frame.ready, frame.spec.device == CPU
+        if event is not None and (on_cpu or self.actor.finished):
+            self._finish(frame, event)
+            if on_cpu:
+                frame.ready = None
         self.spec = frame.spec
         self.pts, self.time_base = frame.pts, frame.spec.time_base
         self.report.frames_in += 1
+
+    def _finish(self, frame: Frame, event: Event) -> None:
+        """Wait until a frame is finished; the first of a bundle until they all are."""
+        assert self.input is not None
+        bundle = self.input.bundle
+        if bundle > 1 and (self._finished_pts is None or frame.pts > self._finished_pts):
+            last = self.input.peek(bundle - 2) or frame
+            self._finished_pts = last.pts
+            if last.ready is not None:
+                last.ready.synchronize()
+        event.synchronize()
 
     def _emit(self, frame: Frame) -> None:
         self.pts, self.time_base = frame.pts, frame.spec.time_base

@@ -55,6 +55,10 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
     aside_s: float = 0.0
     """Time spent on frames beside the actor's thread, as if it had been spent on it."""
 
+    finished: bool = False
+    """Whether frames on a GPU must be finished, not only queued there, before the actor takes
+    them, as frames on the CPU always are."""
+
     takes_memory: bool = False
     """Whether the actor takes much GPU memory besides its ring, as a model does."""
 
@@ -98,6 +102,13 @@ class Source(_Actor):
 
     policy: Policy = Policy.BLOCK
     """What the links behind the source do when they are full. Live sources use LATEST."""
+
+    bundles: bool = False
+    """Whether frames come as fast as they are taken and nobody waits for a single one, as with a
+    file: then stages may be woken for some at once."""
+
+    bundle: int = 1
+    """How many frames had better come at once; set by the pipeline before `open`."""
 
     expected_frames: int | None = None
     """How many frames will come, as far as known after `plan`; for progress."""
@@ -223,7 +234,9 @@ class FrameSource(Source):
 
 
 class Null(Sink):
-    """Takes frames, waits until each is ready, and keeps nothing: for measuring."""
+    """Takes frames that are finished, where they are, and keeps nothing: for measuring."""
+
+    finished = True
 
     def device_for(self, spec: FrameSpec) -> Device:
         """Take frames where they are."""
@@ -233,9 +246,7 @@ class Null(Sink):
         """Take anything."""
 
     def write(self, frame: Frame) -> None:
-        """Wait until the frame is ready."""
-        if frame.ready is not None:
-            frame.ready.synchronize()
+        """Let go of the frame."""
 
 
 Actor = Source | Stage | Sink

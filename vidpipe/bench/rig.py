@@ -60,6 +60,8 @@ class Repeat(Source):
 class Loop(Source):
     """Reads a file again and again; each time it is opened anew, and time goes on."""
 
+    bundles = True
+
     def __init__(self, decode: Decode) -> None:
         self.decode = decode
 
@@ -69,7 +71,7 @@ class Loop(Source):
 
     def open(self) -> None:
         """Open the decoder."""
-        self.decode.ring_depth = self.ring_depth
+        self.decode.ring_depth, self.decode.bundle = self.ring_depth, self.bundle
         self.decode.open()
 
     def frames(self) -> Iterator[Frame]:
@@ -112,6 +114,7 @@ class _Bursts(Source):
 
     def __init__(self, inner: Source) -> None:
         self._inner = inner
+        self.bundles = inner.bundles
         self._changed = threading.Condition()
         self._wanted = 0
         self._stopped = False
@@ -120,7 +123,7 @@ class _Bursts(Source):
         return self._inner.plan()
 
     def open(self) -> None:
-        self._inner.ring_depth = self.ring_depth
+        self._inner.ring_depth, self._inner.bundle = self.ring_depth, self.bundle
         self._inner.open()
 
     def give(self, count: int) -> None:
@@ -207,6 +210,7 @@ class Around(Sink):
         self._inner = inner
         self.policy = inner.policy
         self.capacity = inner.capacity
+        self.finished = inner.finished
         self.device = CPU
 
     def attach(self, source: Source) -> None:

@@ -53,6 +53,8 @@ class Decode(Source):
         device: where the frames go, "cpu", "cuda" or "cuda:N"; "auto" is the CPU.
     """
 
+    bundles = True
+
     def __init__(
         self,
         *,
@@ -310,6 +312,7 @@ class Decode(Source):
                 self.counts.corrupt_packets += 1
                 continue
             except RuntimeError as error:  # PyAV found no surface to give
+                yield from reader.flush()
                 raise _NotInHardware(str(error)) from None
             for picture in decoded:
                 yield from reader.take(picture)
@@ -503,6 +506,7 @@ class _Reader:
         self._time_base = time_base
         self._color = color
         self._graph: Deinterlacer | None = None
+        self._bundle: list[av.VideoFrame] = []
         self._spec: FrameSpec | None = None
         self._key: tuple[Any, ...] = ()
         self._format = PIXEL_FORMATS["yuv420p"]
@@ -510,6 +514,18 @@ class _Reader:
 
     def take(self, picture: av.VideoFrame) -> Iterator[Frame]:
         """Take one decoded picture, give the frames that are ready."""
+        # NVDEC stands still while the host turns pictures into frames, which takes less for some
+        # at once than after a wait for each.
+        self._bundle.append(picture)
+        if len(self._bundle) >= self._source.bundle or picture.format.name != "cuda":
+            yield from self._take_bundle()
+
+    def _take_bundle(self) -> Iterator[Frame]:
+        bundle, self._bundle = self._bundle, []
+        for picture in bundle:
+            yield from self._take(picture)
+
+    def _take(self, picture: av.VideoFrame) -> Iterator[Frame]:
         if picture.is_corrupt:
             self._source.counts.damaged_frames += 1
         if picture.pts is None:
@@ -517,7 +533,7 @@ class _Reader:
         if picture.format.name == "cuda" and self._wanted(picture):
             raise _NotInHardware("its pictures are deinterlaced there")
         if self._graph is not None and not self._graph.takes(picture):
-            yield from self.flush()
+            yield from self._flush_graph()
         if self._graph is None and self._wanted(picture):
             self._graph = Deinterlacer(picture, self._time_base, self._source.deinterlace)
         if self._graph is None:
@@ -530,6 +546,10 @@ class _Reader:
 
     def flush(self) -> Iterator[Frame]:
         """Give what is held back."""
+        yield from self._take_bundle()
+        yield from self._flush_graph()
+
+    def _flush_graph(self) -> Iterator[Frame]:
         graph, self._graph = self._graph, None
         if graph is not None:
             for done in graph.flush():

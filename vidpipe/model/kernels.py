@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -45,22 +45,23 @@ __device__ __forceinline__ sample_t code(float v) {{
 }}
 
 extern "C" __global__ void luma_in(
-    const sample_t* __restrict__ plane, long long pitch, int width, int height,
-    body_t* __restrict__ out, int out_width, int out_height)
+    const sample_t* __restrict__ plane, long long pitch, body_t* __restrict__ out)
 {{
     int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
-    if (x >= out_width || y >= out_height) return;
-    float v = (float)plane[min(y, height - 1) * pitch + min(x, width - 1)];
-    to_body(__fadd_rn(__fmul_rn(v, {in_scale}), {in_offset}), out + (long long)y * out_width + x);
+    if (x >= {body_width} || y >= {body_height}) return;
+    float v = (float)plane[min(y, {height} - 1) * pitch + min(x, {width} - 1)];
+    v = __fadd_rn(__fmul_rn(v, {in_scale}), {in_offset});
+    to_body(v, out + (long long)y * {body_width} + x);
 }}
 
 __device__ __forceinline__ void write_luma(
-    const body_t* __restrict__ in, int in_width, int in_height,
-    sample_t* __restrict__ plane, int width, int height)
+    const body_t* __restrict__ in, sample_t* __restrict__ plane)
 {{
+    const int width = {out_width}, height = {out_height};
+    const long long size = {result_width}LL * {result_height};
     int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
-    if (x >= in_width || y >= in_height) return;
-    long long size = (long long)in_width * in_height, at = (long long)y * in_width + x;
+    if (x >= {result_width} || y >= {result_height}) return;
+    long long at = (long long)y * {result_width} + x;
     #pragma unroll
     for (int row = 0; row < {phases}; row++) {{
         int to_y = y * {phases} + row;
@@ -80,8 +81,9 @@ __constant__ float weights_y[{scale}][{taps_y}] = {weights_y};
 
 __device__ __forceinline__ void write_chroma(
     const sample_t* __restrict__ in_u, const sample_t* __restrict__ in_v, long long pitch,
-    int width, int height, sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
+    sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
 {{
+    const int width = {chroma_width}, height = {chroma_height};
     int x = blockIdx.x * blockDim.x + threadIdx.x, y = blockIdx.y * blockDim.y + threadIdx.y;
     if (x >= width || y >= height) return;
     #pragma unroll
@@ -115,21 +117,19 @@ __device__ __forceinline__ void write_chroma(
 }}
 
 extern "C" __global__ void luma_out(
-    const body_t* __restrict__ in, int in_width, int in_height,
-    sample_t* __restrict__ plane, int width, int height)
+    const body_t* __restrict__ in, sample_t* __restrict__ plane)
 {{
-    write_luma(in, in_width, in_height, plane, width, height);
+    write_luma(in, plane);
 }}
 
 // Blocks of the second layer of the grid write chroma: one launch costs the host half of two.
 extern "C" __global__ void planes_out(
-    const body_t* __restrict__ in, int in_width, int in_height,
-    sample_t* __restrict__ plane, int width, int height,
+    const body_t* __restrict__ in, sample_t* __restrict__ plane,
     const sample_t* __restrict__ in_u, const sample_t* __restrict__ in_v, long long pitch,
-    int chroma_width, int chroma_height, sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
+    sample_t* __restrict__ out_u, sample_t* __restrict__ out_v)
 {{
-    if (blockIdx.z == 0) write_luma(in, in_width, in_height, plane, width, height);
-    else write_chroma(in_u, in_v, pitch, chroma_width, chroma_height, out_u, out_v);
+    if (blockIdx.z == 0) write_luma(in, plane);
+    else write_chroma(in_u, in_v, pitch, out_u, out_v);
 }}
 """
 
@@ -241,14 +241,17 @@ class LumaSession:
         self._cupy = cupy
         self._session = session
         self._stream = stream
-        self._spec, self._out = body.compiled.spec, body.compiled.out
-        self._scale, self._phases = model.scale, body.phases
+        self._scale = model.scale
         (result,) = body.compiled.outputs
         with stream:
             self._result = cupy.empty(result.plane_shape, result.dtype)
         session.bind(0, [self._result])
         self._slots: dict[int, Sequence[Array]] = {}
         self.note = session.note
+        sizes = _sizes(body)
+        self._in_grid, self._luma_grid = _grid(*sizes.body), _grid(*sizes.result)
+        columns, rows = map(max, self._luma_grid, _grid(*sizes.chroma))
+        self._planes_grid = (columns, rows, 2)
         module = cupy.RawModule(code=_source(body, model), options=("-std=c++17",))
         names = ("luma_in", "luma_out", "planes_out")
         self._luma_in, self._luma_out, self._planes_out = map(module.get_function, names)
@@ -266,56 +269,35 @@ class LumaSession:
         assert stream is self._stream
         outputs = self._slots[slot]
         queue: Any = self._stream
-        with queue:
-            self._take(inputs[0])
-            self._session.launch(0)
-            if len(inputs) == 1 or self._scale == 1:
-                self._give(outputs[0])
-                for source, target in zip(inputs[1:], outputs[1:], strict=True):
-                    copy_plane(self._cupy, source, target, queue)
-            else:
-                self._give_all(inputs[1:], outputs)
+        self._take(inputs[0])
+        self._session.launch(0)
+        if len(inputs) == 1 or self._scale == 1:
+            places = (self._result.data.ptr, outputs[0].data.ptr)
+            self._luma_out(self._luma_grid, _BLOCK, places, stream=queue)
+            for source, target in zip(inputs[1:], outputs[1:], strict=True):
+                copy_plane(self._cupy, source, target, queue)
+        else:
+            self._give_all(inputs[1:], outputs[0], outputs[1:])
         event: Event = queue.record()
         return event
 
     def _take(self, plane: Array) -> None:
         (target,) = self._session.inputs
-        width, height = _plane_size(target)
-        arguments = (
-            *(plane.data.ptr, plane.strides[0] // plane.itemsize),
-            *(np.int32(plane.shape[1]), np.int32(plane.shape[0])),
-            *(target.data.ptr, np.int32(width), np.int32(height)),
-        )
-        self._luma_in(_grid(width, height), _BLOCK, arguments)
+        places = (plane.data.ptr, plane.strides[0] // plane.itemsize, target.data.ptr)
+        self._luma_in(self._in_grid, _BLOCK, places, stream=self._stream)
 
-    def _luma_arguments(self, plane: Array) -> tuple[tuple[int, int], tuple[Any, ...]]:
-        """Return the size of the model's result, and what the kernels are told of luma."""
-        width, height = _plane_size(self._result, self._phases)
-        arguments = (
-            *(self._result.data.ptr, np.int32(width), np.int32(height)),
-            *(plane.data.ptr, np.int32(plane.shape[1]), np.int32(plane.shape[0])),
-        )
-        return (width, height), arguments
-
-    def _give(self, plane: Array) -> None:
-        size, arguments = self._luma_arguments(plane)
-        self._luma_out(_grid(*size), _BLOCK, arguments)
-
-    def _give_all(self, inputs: Sequence[Array], outputs: Sequence[Array]) -> None:
+    def _give_all(self, inputs: Sequence[Array], luma: Array, chroma: Sequence[Array]) -> None:
         """Write luma from the model's result, and enlarged chroma from the input's."""
-        luma, chroma = outputs[0], outputs[1:]
-        item, (height, width) = inputs[0].itemsize, inputs[0].shape[:2]
+        item = luma.itemsize
         if len(inputs) == 1:  # Cb and Cr take turns
-            places = [p.data.ptr + c * item for p in (inputs[0], chroma[0]) for c in (0, 1)]
+            u, v, to_u, to_v = (
+                p.data.ptr + c * item for p in (inputs[0], chroma[0]) for c in (0, 1)
+            )
         else:
-            places = [p.data.ptr for p in (*inputs, *chroma)]
-        size, arguments = self._luma_arguments(luma)
-        arguments += (
-            *(places[0], places[1], inputs[0].strides[0] // item),
-            *(np.int32(width), np.int32(height), places[2], places[3]),
-        )
-        columns, rows = map(max, _grid(*size), _grid(width, height))
-        self._planes_out((columns, rows, 2), _BLOCK, arguments)
+            u, v, to_u, to_v = (p.data.ptr for p in (*inputs, *chroma))
+        pitch = inputs[0].strides[0] // item
+        places = (self._result.data.ptr, luma.data.ptr, u, v, pitch, to_u, to_v)
+        self._planes_out(self._planes_grid, _BLOCK, places, stream=self._stream)
 
     def set_strength(self, value: float) -> None:
         """See `Session.set_strength`."""
@@ -373,7 +355,30 @@ def gpu_session(
     return session if body is None else LumaSession(body, model, session, stream)
 
 
-def _plane_size(tensor: Array, phases: int = 1) -> tuple[int, int]:
+class _Sizes(NamedTuple):
+    """Sizes that the kernels are compiled for, (width, height).
+
+    Attributes:
+        body: of the model's input; result: of a channel of its output.
+        chroma: of the chroma planes that come in.
+    """
+
+    body: tuple[int, int]
+    result: tuple[int, int]
+    chroma: tuple[int, int]
+
+
+def _sizes(body: Body) -> _Sizes:
+    compiled = body.compiled
+    (taken,), (given,), spec = compiled.inputs, compiled.outputs, compiled.spec
+    return _Sizes(
+        _plane_size(taken),
+        _plane_size(given, body.phases),
+        spec.format.chroma_size(spec.width, spec.height),
+    )
+
+
+def _plane_size(tensor: Tensor, phases: int = 1) -> tuple[int, int]:
     """Return (width, height) of one plane of a 4-D tensor, NCHW or with one channel last."""
     channels = phases**2
     _, a, b, c = tensor.shape
@@ -399,7 +404,18 @@ def _source(body: Body, model: Descriptor) -> str:
         for f, offset in zip(factors, sites, strict=True)
     )
     half = body.compiled.inputs[0].dtype == np.float16
+    sizes, out = _sizes(body), body.compiled.out
     return _SOURCE.format(
+        width=spec.width,
+        height=spec.height,
+        body_width=sizes.body[0],
+        body_height=sizes.body[1],
+        result_width=sizes.result[0],
+        result_height=sizes.result[1],
+        out_width=out.width,
+        out_height=out.height,
+        chroma_width=sizes.chroma[0],
+        chroma_height=sizes.chroma[1],
         sample="unsigned char" if format.bits == 8 else "unsigned short",
         body="unsigned short" if half else "float",
         maximum=_literal(luma.maximum),

@@ -334,13 +334,19 @@ def test_a_sink_gets_frames_that_are_finished_where_it_says_so(script: Any, bund
 
 
 @pytest.mark.parametrize(
-    ("bundles", "width", "limit", "bundle"),
-    [(True, 64, None, 4), (False, 64, None, 1), (True, 64, 1 << 30, 1), (True, 8192, None, 1)],
+    ("bundles", "limit", "free", "bundle"),
+    [
+        (True, None, 2_000_000, 4),
+        (False, None, 2_000_000, 1),
+        (True, 1 << 30, 2_000_000, 1),
+        (True, None, 1_000_000, 1),
+    ],
 )
-def test_small_frames_of_a_file_go_in_bundles_where_memory_is_not_limited(
-    script: Any, bundles: bool, width: int, limit: int | None, bundle: int
+def test_frames_of_a_file_go_in_bundles_where_there_is_memory_for_it(
+    script: Any, bundles: bool, limit: int | None, free: int, bundle: int
 ) -> None:
-    made = spec(width, width // 2, name="nv12")
+    script.free = free  # ten frames take 184,320
+    made = spec(128, 96, name="nv12")
     source = FrameSource(made, [])
     source.bundles = bundles
     graph, up = Graph("test"), Transfer(device="cuda")

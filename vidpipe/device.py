@@ -359,6 +359,16 @@ class Ring:
         return tuple(planes)
 
 
+def available_bytes(device: Device = CPU) -> int:
+    """Return half of the memory that is free for new work; the rest is left to the codecs."""
+    if device != CPU:
+        return int(import_cupy(device).cuda.runtime.memGetInfo()[0]) // 2
+    import psutil
+
+    free: Any = psutil.virtual_memory().available
+    return int(free) // 2
+
+
 def slot_bytes(shapes: Sequence[tuple[tuple[int, ...], Any]]) -> int:
     """Return the size of planes of these shapes and dtypes."""
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from vidpipe import trace
 from vidpipe.clock import Clock, MonotonicClock
-from vidpipe.device import CPU, Device, slot_bytes
+from vidpipe.device import CPU, Device, available_bytes, slot_bytes
 from vidpipe.errors import Cancelled, SpecError, VidpipeError
 from vidpipe.frame import FrameSpec
 from vidpipe.graph import Graph, Node
@@ -32,7 +32,7 @@ from vidpipe.transfer import Transfer
 # A frame on a GPU takes a stage about 0.1 ms of the host's time, and half as much again where the
 # stage was asleep until then.
 _BUNDLE = 4
-_BUNDLED_BYTES = 32 << 20  # of a frame, at most
+_BUNDLES_SHARE = 4  # the part of the available memory that rings may take for it
 
 
 @dataclass(slots=True)
@@ -268,7 +268,8 @@ class Pipeline:
             self._on_gpu = any(spec.device != CPU for spec in specs.values())
             if self._on_gpu and self._vram_limit is None and all(s.bundles for s in self.sources()):
                 self._bundle(specs)
-            self._set_ring_depths()
+            else:
+                self._set_ring_depths()
             if self._vram_limit is not None:
                 self._share_memory(specs, self._vram_limit)
         except BaseException as error:
@@ -281,18 +282,29 @@ class Pipeline:
         return specs
 
     def _bundle(self, specs: dict[str, FrameSpec]) -> None:
-        """Let frames go in bundles, save for big ones: rings of bundles are long."""
+        """Let frames go in bundles, where there is memory for the rings, which are longer then."""
+        for bundle in (_BUNDLE, 1):
+            for runner in self._runners.values():
+                if isinstance(runner.actor, Source):
+                    runner.actor.bundle = bundle
+                if runner.input is not None and runner.actor.capacity is None:
+                    runner.input.bundle = bundle
+                    # While one bundle is read, the next can be made.
+                    runner.input.capacity = max(self.capacity, 2 * bundle)
+            self._set_ring_depths()
+            if all(
+                _ring_bytes(rings, specs) <= available_bytes(gpu) // _BUNDLES_SHARE
+                for gpu, rings in self._rings(specs).items()
+            ):
+                break
+
+    def _rings(self, specs: dict[str, FrameSpec]) -> dict[Device, list[Runner]]:
+        """Return by GPU the sources and stages whose rings are there."""
+        found: dict[Device, list[Runner]] = {}
         for name, runner in self._runners.items():
-            spec = specs[runner.writer or name]
-            size = slot_bytes([(shape, spec.format.dtype) for shape in spec.plane_shapes()])
-            if size > _BUNDLED_BYTES or runner.actor.capacity is not None:
-                continue
-            if isinstance(runner.actor, Source):
-                runner.actor.bundle = _BUNDLE
-            if runner.input is not None:
-                runner.input.bundle = _BUNDLE
-                # While one is read, the next can be made.
-                runner.input.capacity = max(self.capacity, 2 * _BUNDLE)
+            if name in specs and specs[name].device != CPU:
+                found.setdefault(specs[name].device, []).append(runner)
+        return found
 
     def _set_ring_depths(self) -> None:
         """Give every ring a slot for each frame that can be on its way, and one to write."""
@@ -309,13 +321,7 @@ class Pipeline:
         Raises:
             SpecError: the frames alone need more.
         """
-        gpus = {spec.device for spec in specs.values()} - {CPU}
-        for gpu in sorted(gpus, key=str):
-            rings = [
-                r
-                for name, r in self._runners.items()
-                if name in specs and specs[name].device == gpu
-            ]
+        for gpu, rings in self._rings(specs).items():
             needed = _ring_bytes(rings, specs)
             if needed > limit // 2:
                 for link in (link for runner in rings for link in runner.outputs):

@@ -11,7 +11,16 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vidpipe.device import CPU, Device, Event, Ring, Slot, import_cupy, new_stream
+from vidpipe.device import (
+    CPU,
+    Device,
+    Event,
+    Ring,
+    Slot,
+    available_bytes,
+    import_cupy,
+    new_stream,
+)
 from vidpipe.errors import DeviceError, DeviceMemoryError, ModelError, SpecError, VidpipeError
 from vidpipe.frame import Array, Frame, FrameSpec
 from vidpipe.model import tiling
@@ -192,7 +201,7 @@ class Model(Stage):
         model = self._variant.model
         layout = self._plan_tiles(spec)
         compiled = self._compile(tiling.tile_spec(spec, layout) if layout else spec, target)
-        limit = self._limit or self.memory_bytes or tiling.available_bytes(spec.device)
+        limit = self._limit or self.memory_bytes or available_bytes(spec.device)
         whole = compiled
         lanes = self.holds or 1
         if lanes > 1 and not tiling.fits(whole, lanes, limit):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from vidpipe.device import CPU, Device, Event, Stream, import_cupy
+from vidpipe.device import CPU, Event, Stream, import_cupy
 from vidpipe.errors import SpecError
 from vidpipe.frame import Array, FrameSpec
 from vidpipe.model.compile import Compiled, alignment
@@ -370,13 +370,3 @@ def parse_bytes(text: str) -> int:
     if not 0 < value < 2**63:
         raise SpecError(f"memory limit is '{text}', expected a size such as 512M or 2G")
     return int(value)
-
-
-def available_bytes(device: Device = CPU) -> int:
-    """Return half of the memory that is free for new work; the rest is left to the codecs."""
-    if device != CPU:
-        return int(import_cupy(device).cuda.runtime.memGetInfo()[0]) // 2
-    import psutil
-
-    free: Any = psutil.virtual_memory().available
-    return int(free) // 2

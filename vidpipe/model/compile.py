@@ -267,16 +267,7 @@ class _Builder:
 
     def _finish(self) -> Compiled:
         graph = self.proto.graph
-        strength_shape: tuple[int, ...] = ()
-        kept = []
-        for value in graph.input:
-            if value.name == self.model.strength:
-                self._keep_strength_float(value)
-                dims = value.type.tensor_type.shape.dim
-                strength_shape = tuple(d.dim_value or 1 for d in dims)
-                for dim in dims:
-                    dim.dim_value = dim.dim_value or 1
-                kept.append(value)
+        kept, strength_shape = take_strength(graph, self.model.strength)
         nodes = [*self.before, *graph.node, *self.after]
         del graph.node[:]
         graph.node.extend(nodes)
@@ -302,21 +293,6 @@ class _Builder:
             strength_shape,
             self.spec,
             self.out,
-        )
-
-    def _keep_strength_float(self, value: onnx.ValueInfoProto) -> None:
-        """Let callers give the strength as float32, whatever the model computes in."""
-        kind = value.type.tensor_type.elem_type
-        if kind == TensorProto.FLOAT:
-            return
-        inner = f"{_OURS}strength"
-        for node in self.proto.graph.node:
-            for i, name in enumerate(node.input):
-                if name == value.name:
-                    node.input[i] = inner
-        value.type.tensor_type.elem_type = TensorProto.FLOAT
-        self.before.append(
-            helper.make_node("Cast", [value.name], [inner], name=f"{_OURS}strength.Cast", to=kind)
         )
 
     # -- one kind of picture each ---------------------------------------------------------
@@ -681,3 +657,32 @@ class _Builder:
 def _reach(axis: Filter) -> tuple[int, int]:
     """Return the samples that a filter reads (before, after) a picture."""
     return max(0, -axis.first), max(0, axis.first + axis.taps - axis.step)
+
+
+def take_strength(
+    graph: onnx.GraphProto, name: str | None
+) -> tuple[list[onnx.ValueInfoProto], tuple[int, ...]]:
+    """Let callers give a model's strength as float32 of a fixed shape, whatever it computes in.
+
+    Args:
+        graph: the model's; gets a Cast in front where it computes in something else.
+        name: of the strength input, or None.
+
+    Returns:
+        The input to declare and its shape; none and () where the model has no strength.
+    """
+    for value in graph.input:
+        if value.name != name:
+            continue
+        kind = value.type.tensor_type.elem_type
+        shape = tuple(d.dim_value or 1 for d in value.type.tensor_type.shape.dim)
+        if kind != TensorProto.FLOAT:
+            inner = f"{_OURS}strength"
+            for node in graph.node:
+                for i, read in enumerate(node.input):
+                    if read == name:
+                        node.input[i] = inner
+            cast = helper.make_node("Cast", [value.name], [inner], name=f"{inner}.Cast", to=kind)
+            graph.node.insert(0, cast)
+        return [helper.make_tensor_value_info(value.name, TensorProto.FLOAT, shape)], shape
+    return [], ()

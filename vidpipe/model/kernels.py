@@ -13,13 +13,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from vidpipe.device import Event, Stream
 from vidpipe.frame import Array, FrameSpec
 from vidpipe.model import color
-from vidpipe.model.compile import Compiled, Tensor, alignment, load_static, output_spec
+from vidpipe.model.compile import (
+    Compiled,
+    Tensor,
+    alignment,
+    load_static,
+    output_spec,
+    take_strength,
+)
 from vidpipe.model.cuda import CudaSession, GraphUse, copy_plane
 from vidpipe.model.descriptor import Descriptor
 from vidpipe.model.precision import narrow_graph
@@ -192,11 +198,7 @@ def compile_body(model: Descriptor, spec: FrameSpec, *, half: bool = True) -> Bo
             (model.input, name), (model.input, model.output), shapes, strict=True
         )
     ]
-    kept = [v for v in graph.input if v.name == model.strength]
-    strength_shape: tuple[int, ...] = ()
-    for value in kept:
-        strength_shape = tuple(d.dim_value or 1 for d in value.type.tensor_type.shape.dim)
-        _float_strength(graph, value, strength_shape)
+    kept, strength_shape = take_strength(graph, model.strength)
     for field, tensor in ((graph.input, tensors[0]), (graph.output, tensors[1])):
         del field[:]
         kind = helper.np_dtype_to_tensor_dtype(tensor.dtype)
@@ -207,22 +209,6 @@ def compile_body(model: Descriptor, spec: FrameSpec, *, half: bool = True) -> Bo
         proto, (tensors[0],), (tensors[1],), model.strength, strength_shape, spec, out
     )
     return Body(compiled, phases)
-
-
-def _float_strength(
-    graph: onnx.GraphProto, value: onnx.ValueInfoProto, shape: tuple[int, ...]
-) -> None:
-    """Let callers give the strength as float32 of a fixed shape."""
-    kind = value.type.tensor_type.elem_type
-    name = value.name
-    value.CopyFrom(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
-    if kind == TensorProto.FLOAT:
-        return
-    for node in graph.node:
-        for i, read in enumerate(node.input):
-            if read == name:
-                node.input[i] = f"{name}.cast"
-    graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}.cast"], to=kind))
 
 
 class LumaSession:

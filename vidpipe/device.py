@@ -128,7 +128,8 @@ class HostWaits:
 
 
 host_waits = HostWaits()
-"""Waits for the streams of `new_stream` and their events, since the process began."""
+"""Waits for the streams of `new_stream`, and for their events where they were not over yet, since
+the process began."""
 
 
 @functools.cache
@@ -141,9 +142,9 @@ def _stream_class() -> type:
             self._stream = stream
 
         def synchronize(self) -> None:
-            host_waits.add()
             _ignore_captures()
             if not self.done:
+                host_waits.add()
                 self._stream.wait_on_host(self)
 
     class CountedStream(cupy.cuda.Stream):  # type: ignore[misc]

@@ -74,8 +74,7 @@ def _device() -> Device:
 def _check(clip: Path, model: str, stage: Model, frame: Frame) -> None:
     """Compare the stage's picture of a frame with the CPU's."""
     (made,) = stage.process(frame)
-    if made.ready is not None:
-        made.ready.synchronize()
+    made.synchronize()
     source, other = Decode(path=str(clip)), Model(model=model, device="cpu")
     other.plan(source.plan())
     other.open()

@@ -585,8 +585,7 @@ def gpu(
             numbers: array[int] = numbers,
             last: list[Frame] = last,
         ) -> None:
-            if frame.ready is not None:
-                frame.ready.synchronize()
+            frame.synchronize()
             latencies.append(source.clock.now_s() - frame.captured_s)
             numbers.append(frame.pts)
             last[:] = [frame]

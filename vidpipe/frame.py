@@ -304,6 +304,12 @@ class Frame:
         if self.ready is not None:
             stream.wait_event(self.ready)
 
+    def synchronize(self) -> None:
+        """Block the calling thread until the planes may be read."""
+        event = self.ready  # another reader's thread may take it off
+        if event is not None:
+            event.synchronize()
+
     def read_by(self, stream: Stream, event: Event | None = None) -> None:
         """Say that the work queued on `stream` so far reads the planes.
 

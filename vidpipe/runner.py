@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vidpipe import trace
-from vidpipe.device import CPU, Event, setup_lock
+from vidpipe.device import CPU, setup_lock
 from vidpipe.errors import VidpipeError
 from vidpipe.frame import Frame, FrameSpec
 from vidpipe.graph import Node
@@ -198,25 +198,24 @@ class Runner:
 
     def _took(self, frame: Frame) -> None:
         # NumPy knows no streams: a copy from a GPU has to be over before it is read.
-        event, on_cpu = frame.ready, frame.spec.device == CPU
-        if event is not None and (on_cpu or self.actor.finished):
-            self._finish(frame, event)
+        on_cpu = frame.spec.device == CPU
+        if frame.ready is not None and (on_cpu or self.actor.finished):
+            self._finish(frame)
             if on_cpu:
                 frame.ready = None
         self.spec = frame.spec
         self.pts, self.time_base = frame.pts, frame.spec.time_base
         self.report.frames_in += 1
 
-    def _finish(self, frame: Frame, event: Event) -> None:
+    def _finish(self, frame: Frame) -> None:
         """Wait until a frame is finished; the first of a bundle until they all are."""
         assert self.input is not None
         bundle = self.input.bundle
         if bundle > 1 and (self._finished_pts is None or frame.pts > self._finished_pts):
             last = self.input.peek(bundle - 2) or frame
             self._finished_pts = last.pts
-            if last.ready is not None:
-                last.ready.synchronize()
-        event.synchronize()
+            last.synchronize()
+        frame.synchronize()
 
     def _emit(self, frame: Frame) -> None:
         self.pts, self.time_base = frame.pts, frame.spec.time_base

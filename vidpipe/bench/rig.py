@@ -270,8 +270,6 @@ class _Meter(Around):
     def write(self, frame: Frame) -> None:
         if self.keeping:
             self.keeping -= 1
-            if frame.ready is not None:
-                frame.ready.synchronize()
             self.keep.append(copied(frame))
         self._inner.write(frame)
         self._seen += 1
@@ -299,7 +297,8 @@ class _Meter(Around):
 
 
 def copied(frame: Frame) -> Frame:
-    """Return a copy of a ready frame in memory of its own, ready to be read."""
+    """Return a copy of a frame in memory of its own, ready to be read; waits for the frame."""
+    frame.synchronize()
     if frame.spec.device == CPU:
         return frame.replace([np.array(plane) for plane in frame.planes], frame.spec)
     cupy = import_cupy(frame.spec.device)

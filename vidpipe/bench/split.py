@@ -134,8 +134,6 @@ class _Watch(Around):
         self.seen.append((self.clock.now_s(), processor_s()))
         self._pts.append((frame.pts, frame.spec))
         if len(self.kept) < self._keep:
-            if frame.ready is not None:
-                frame.ready.synchronize()
             self.kept.append(copied(frame))
 
 

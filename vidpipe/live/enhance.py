@@ -337,9 +337,8 @@ class Enhance(Stage):
             with self._queued(frame):
                 return frame.replace(self.plain(frame), self._out)
         (out,) = self.models[tier].process(frame)
-        if out.ready is not None:
-            # Latency is what this stage is about: the figures must not end before the work.
-            out.ready.synchronize()
+        # Latency is what this stage is about: the figures must not end before the work.
+        out.synchronize()
         return out
 
     @contextmanager

@@ -128,8 +128,7 @@ def on_host(frame: Frame) -> tuple[Array, ...]:
         return frame.planes
     with setup_lock:
         import_cupy(frame.spec.device)
-        if frame.ready is not None:
-            frame.ready.synchronize()
+        frame.synchronize()
         return tuple(plane.get() for plane in frame.planes)
 
 

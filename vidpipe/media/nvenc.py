@@ -171,8 +171,7 @@ class Feeder:
 
     def download(self, frame: Frame) -> Frame:
         """Return a copy of a frame in host memory."""
-        if frame.ready is not None:
-            frame.ready.synchronize()
+        frame.synchronize()
         planes = [self._cupy.asnumpy(plane) for plane in frame.planes]
         return frame.replace(planes, replace(frame.spec, device=CPU))
 

@@ -363,3 +363,13 @@ def test_frames_of_a_file_go_in_bundles_where_there_is_memory_for_it(
     assert source.bundle == bundle
     # On the link before it, in the reader's hands, and written to.
     assert up.ring_depth == (8 if bundle > 1 else 2) + 2
+
+
+def test_a_given_capacity_is_kept_where_frames_go_one_at_a_time(script: Any) -> None:
+    script.free = 1_000_000
+    source = FrameSource(spec(128, 96, name="nv12"), [])
+    source.bundles = True
+    graph, up = Graph("test"), Transfer(device="cuda")
+    graph.add("in", source).add("up", up, "in").add("out", Finished(), "up")
+    Pipeline(graph, capacity=1).plan()
+    assert up.ring_depth == 1 + 2

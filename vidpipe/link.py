@@ -58,10 +58,10 @@ _PATIENCE_S = 0.02
 class Link:
     """A bounded queue of frames with one writer and one reader.
 
-    Waking a thread costs more than many a stage needs for a frame. `bundle` lets a side that had
-    to wait sleep until there is something to do for so many frames: the writer until there is
-    room for them, the reader until they are there, or for 20 ms. A reader that has found nothing
-    by then gets the next frame at once.
+    Waking a thread costs more than many a stage needs for a frame. `bundle`, at most `capacity`,
+    lets a side that had to wait sleep until there is something to do for so many frames: the
+    writer until there is room for them, the reader until they are there, or for 20 ms. A reader
+    that has found nothing by then gets the next frame at once.
 
     Args:
         capacity: the most frames that may wait, at least 1.
@@ -183,15 +183,14 @@ class Link:
         return len(self._queue) >= self._wanted or self._ended or self._closed or self._woken
 
     def _wait_for_news(self) -> None:
-        bundle = min(self.bundle, self.capacity)
-        if bundle > 1:
-            self._wanted = bundle
+        if self.bundle > 1:
+            self._wanted = self.bundle
             self._changed.wait_for(self._has_news, _PATIENCE_S)
             self._wanted = 1
         self._changed.wait_for(self._has_news)
 
     def _has_room(self) -> bool:
-        return len(self._queue) <= max(0, self.capacity - self.bundle)
+        return len(self._queue) <= self.capacity - self.bundle
 
     def _pop(self) -> Frame:
         frame = self._queue.popleft()

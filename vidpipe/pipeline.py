@@ -158,7 +158,7 @@ class Pipeline:
 
     Args:
         graph: the stages; validated here.
-        capacity: frames that may wait on each link.
+        capacity: frames that may wait on each link; more where they go over a GPU in bundles.
         clock: source of all times.
         gate: shared with other pipelines that must open before this one's first frame.
         tracer: keeps a profile of the run.
@@ -283,14 +283,13 @@ class Pipeline:
 
     def _bundle(self, specs: dict[str, FrameSpec]) -> None:
         """Let frames go in bundles, where there is memory for the rings, which are longer then."""
-        for bundle in (_BUNDLE, 1):
+        # While one bundle is read, the next can be made.
+        for bundle, capacity in ((_BUNDLE, max(self.capacity, 2 * _BUNDLE)), (1, self.capacity)):
             for runner in self._runners.values():
                 if isinstance(runner.actor, Source):
                     runner.actor.bundle = bundle
                 if runner.input is not None and runner.actor.capacity is None:
-                    runner.input.bundle = bundle
-                    # While one bundle is read, the next can be made.
-                    runner.input.capacity = max(self.capacity, 2 * bundle)
+                    runner.input.bundle, runner.input.capacity = bundle, capacity
             self._set_ring_depths()
             if all(
                 _ring_bytes(rings, specs) <= available_bytes(gpu) // _BUNDLES_SHARE

@@ -238,7 +238,7 @@ class LumaSession:
         self._in_grid, self._luma_grid = _grid(*sizes.body), _grid(*sizes.result)
         columns, rows = map(max, self._luma_grid, _grid(*sizes.chroma))
         self._planes_grid = (columns, rows, 2)
-        module = cupy.RawModule(code=_source(body, model), options=("-std=c++17",))
+        module = cupy.RawModule(code=_source(body, model, sizes), options=("-std=c++17",))
         names = ("luma_in", "luma_out", "planes_out")
         self._luma_in, self._luma_out, self._planes_out = map(module.get_function, names)
 
@@ -375,7 +375,7 @@ def _grid(width: int, height: int) -> tuple[int, int]:
     return -(-width // _BLOCK[0]), -(-height // _BLOCK[1])
 
 
-def _source(body: Body, model: Descriptor) -> str:
+def _source(body: Body, model: Descriptor, sizes: _Sizes) -> str:
     """Return the kernels' text for one model and format."""
     spec = body.compiled.spec
     format = spec.format
@@ -390,7 +390,7 @@ def _source(body: Body, model: Descriptor) -> str:
         for f, offset in zip(factors, sites, strict=True)
     )
     half = body.compiled.inputs[0].dtype == np.float16
-    sizes, out = _sizes(body), body.compiled.out
+    out = body.compiled.out
     return _SOURCE.format(
         width=spec.width,
         height=spec.height,

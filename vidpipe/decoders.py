@@ -172,9 +172,10 @@ class Timer(Null):
     """Takes frames for a moment, then stops their source; knows how fast they came."""
 
     def __init__(self, clock: Clock, keep: int = 0) -> None:
+        super().__init__()
         self._clock = clock
         self._source: Source | None = None
-        self.holds = keep
+        self._keep = keep
         self.kept: list[Frame] = []
         self.begin_s: float | None = None
         self.end_s = 0.0
@@ -192,11 +193,16 @@ class Timer(Null):
         """Learn which source to stop."""
         self._source = source
 
+    def plan(self, spec: FrameSpec) -> None:
+        """Take anything."""
+        super().plan(spec)
+        self.holds += self._keep
+
     def write(self, frame: Frame) -> None:
-        """Count the frame when it is ready; the first ones are kept."""
+        """Count the frame; the first ones are kept."""
         super().write(frame)
         now_s = self._clock.now_s()
-        if len(self.kept) < self.holds:
+        if len(self.kept) < self._keep:
             self.kept.append(frame)
         self._seen += 1
         if self._seen == _LEAD_IN:

@@ -13,6 +13,7 @@ import functools
 import math
 import sys
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -184,6 +185,10 @@ def new_stream(device: Device) -> Any:
 class Event(Protocol):
     """A point in a device's stream of work, such as `cupy.cuda.Event`."""
 
+    @property
+    def done(self) -> bool:
+        """Whether the point is reached."""
+
     def synchronize(self) -> None:
         """Block the calling thread until the point is reached."""
 
@@ -267,7 +272,9 @@ class Ring:
         pinned: on the CPU, page-locked memory, which a GPU copies to and from by itself.
 
     A ring that runs out, because a user keeps frames, grows by a slot; `grown` counts how
-    often. `slot_bytes` is the size of one slot.
+    often. `slot_bytes` is the size of one slot. Where a GPU reads or writes, the slot that has
+    been free for longest is taken, since work on the others may be queued still; else the one
+    that became free last, which caches may hold.
 
     Raises:
         DeviceError: the device is not there, or its memory does not suffice.
@@ -283,6 +290,9 @@ class Ring:
     ) -> None:
         self.shapes = tuple((tuple(shape), np.dtype(dtype)) for shape, dtype in shapes)
         self.slot_bytes = slot_bytes(self.shapes)
+        self._places = tuple(
+            (*self.shapes[n], slot_bytes(self.shapes[:n])) for n in range(len(self.shapes))
+        )
         self.device = device
         self.grown = 0
         self._pinned = pinned
@@ -290,7 +300,9 @@ class Ring:
         # A lease can end inside `lease`, when the garbage collector runs there.
         self._lock = threading.RLock()
         self._slots = [Slot(i, self._allocate()) for i in range(depth)]
-        self._free = list(reversed(self._slots))
+        self._free = deque(self._slots)
+        gpu = pinned or self._cupy is not None
+        self._take = self._free.popleft if gpu else self._free.pop
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -318,12 +330,10 @@ class Ring:
                 whole = cupyx.empty_pinned(self.slot_bytes, np.uint8)
         else:
             whole = np.empty(self.slot_bytes, np.uint8)
-        planes, at = [], 0
-        for shape, dtype in self.shapes:
-            size = math.prod(shape) * dtype.itemsize
-            planes.append(whole[at : at + size].view(dtype).reshape(shape))
-            at += size
-        return tuple(planes)
+        return tuple(
+            whole[at : at + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+            for shape, dtype, at in self._places
+        )
 
     def _give_back(self, slot: Slot) -> None:
         with self._lock:
@@ -338,7 +348,7 @@ class Ring:
         """
         with self._lock:
             if self._free:
-                slot = self._free.pop()
+                slot = self._take()
             else:
                 slot = Slot(len(self._slots), self._allocate())
                 self._slots.append(slot)
@@ -351,13 +361,12 @@ class Ring:
     def _device_views(self, slot: Slot, lease: Lease) -> tuple[Any, ...]:
         cupy = self._cupy
         assert cupy is not None
-        start, pointer = slot.buffers[0].data.ptr, cupy.cuda.MemoryPointer
+        array, pointer = cupy.ndarray, cupy.cuda.MemoryPointer
+        start = slot.buffers[0].data.ptr
         memory = cupy.cuda.UnownedMemory(start, self.slot_bytes, lease, self.device.index)
-        planes, at = [], 0
-        for buffer, (shape, dtype) in zip(slot.buffers, self.shapes, strict=True):
-            planes.append(cupy.ndarray(shape, dtype, pointer(memory, at)))
-            at += buffer.nbytes
-        return tuple(planes)
+        return tuple(
+            [array(shape, dtype, pointer(memory, at)) for shape, dtype, at in self._places]
+        )
 
 
 def available_bytes(device: Device = CPU) -> int:

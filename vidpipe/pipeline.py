@@ -31,7 +31,7 @@ from vidpipe.transfer import Transfer
 
 # A frame on a GPU takes a stage about 0.1 ms of the host's time, and half as much again where the
 # stage was asleep until then.
-_BUNDLE = 4
+_BUNDLES = (8, 4)
 _BUNDLES_SHARE = 4  # the part of the available memory that rings may take for it
 
 
@@ -284,7 +284,8 @@ class Pipeline:
     def _bundle(self, specs: dict[str, FrameSpec]) -> None:
         """Let frames go in bundles, where there is memory for the rings, which are longer then."""
         # While one bundle is read, the next can be made.
-        for bundle, capacity in ((_BUNDLE, max(self.capacity, 2 * _BUNDLE)), (1, self.capacity)):
+        for bundle in (*_BUNDLES, 1):
+            capacity = self.capacity if bundle == 1 else max(self.capacity, 2 * bundle)
             for runner in self._runners.values():
                 if isinstance(runner.actor, Source):
                     runner.actor.bundle = bundle
@@ -306,10 +307,12 @@ class Pipeline:
         return found
 
     def _set_ring_depths(self) -> None:
-        """Give every ring a slot for each frame that can be on its way, and one to write."""
+        """Give every ring a slot for each frame that can be on its way or is being made."""
         for runner in self._runners.values():
-            if not isinstance(runner.actor, Sink):
-                runner.actor.ring_depth = 1 + sum(k.capacity + 1 for k in runner.outputs)
+            actor = runner.actor
+            if not isinstance(actor, Sink):
+                made = actor.bundle if isinstance(actor, Source) else 1
+                actor.ring_depth = made + sum(k.capacity + 1 for k in runner.outputs)
         for runner in self._runners.values():
             if runner.writer is not None:
                 self._runners[runner.writer].actor.ring_depth += runner.actor.holds

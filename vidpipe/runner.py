@@ -197,12 +197,10 @@ class Runner:
         return frame.spec is not self.spec and frame.spec != self.spec
 
     def _took(self, frame: Frame) -> None:
-        # NumPy knows no streams: a copy from a GPU has to be over before it is read.
-        on_cpu = frame.spec.device == CPU
-        if frame.ready is not None and (on_cpu or self.actor.finished):
+        if frame.ready is not None and frame.spec.device == CPU:
+            # NumPy knows no streams: a copy from a GPU has to be over before it is read.
             self._finish(frame)
-            if on_cpu:
-                frame.ready = None
+            frame.ready = None
         self.spec = frame.spec
         self.pts, self.time_base = frame.pts, frame.spec.time_base
         self.report.frames_in += 1

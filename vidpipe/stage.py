@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import typing
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from importlib.metadata import entry_points
@@ -54,10 +55,6 @@ class _Actor(ABC):  # noqa: B024 - its subclasses have the abstract methods
 
     aside_s: float = 0.0
     """Time spent on frames beside the actor's thread, as if it had been spent on it."""
-
-    finished: bool = False
-    """Whether frames on a GPU must be finished, not only queued there, before the actor takes
-    them, as frames on the CPU always are."""
 
     takes_memory: bool = False
     """Whether the actor takes much GPU memory besides its ring, as a model does."""
@@ -233,10 +230,17 @@ class FrameSource(Source):
         self._stopped = True
 
 
-class Null(Sink):
-    """Takes frames that are finished, where they are, and keeps nothing: for measuring."""
+_QUEUED = 8
 
-    finished = True
+
+class Null(Sink):
+    """Takes frames where they are and keeps nothing: for measuring.
+
+    A few frames on a GPU may be queued there still while it takes the next, as with an encoder.
+    """
+
+    def __init__(self) -> None:
+        self._queued: deque[Frame] = deque()
 
     def device_for(self, spec: FrameSpec) -> Device:
         """Take frames where they are."""
@@ -244,9 +248,28 @@ class Null(Sink):
 
     def plan(self, spec: FrameSpec) -> None:
         """Take anything."""
+        self.holds = 0 if spec.device == CPU else _QUEUED
 
     def write(self, frame: Frame) -> None:
-        """Let go of the frame."""
+        """Let go of the frame, on a GPU when it is finished."""
+        if frame.ready is None:
+            return
+        queued = self._queued
+        queued.append(frame)
+        if len(queued) > _QUEUED:
+            first = queued[0].ready
+            if first is not None and not first.done:
+                queued[-2].synchronize()  # one wait for all but the last
+            queued.popleft()
+
+    def finish(self) -> None:
+        """Wait for the last frames."""
+        while self._queued:
+            self._queued.popleft().synchronize()
+
+    def close(self) -> None:
+        """Let go of the last frames."""
+        self._queued.clear()
 
 
 Actor = Source | Stage | Sink

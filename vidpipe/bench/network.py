@@ -141,11 +141,12 @@ class Network:
         for _ in range(max(1, min(32, frames // 3))):
             self._launch(name)
         self._finish()
-        begin = Moment(self._clock.now_s(), processor_s())
+        begin, begin_s = Moment(self._clock.now_s()), processor_s()
         for _ in range(frames):
             self._launch(name)
         self._finish()
-        return Burst(frames, begin, Moment(self._clock.now_s(), processor_s()))
+        used_s = processor_s() - begin_s
+        return Burst(frames, begin, Moment(self._clock.now_s()), used_s / frames)
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -171,26 +171,32 @@ class Moment:
     """What the clocks and counters say at one frame.
 
     Attributes:
-        time_s: the pipeline's clock; processor_s: of the process.
-        threads: processor seconds by thread name, "other" for those that Python does not know.
+        time_s: the pipeline's clock.
         pool: CuPy's memory pools: used_bytes, total_bytes, free_blocks, pinned_free_blocks.
         waits: how often threads waited for the GPU, by name.
     """
 
     time_s: float
-    processor_s: float
-    threads: dict[str, float] = field(default_factory=dict)
     pool: dict[str, int] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Burst:
-    """One timed stretch of frames."""
+    """One timed stretch of frames.
+
+    Attributes:
+        frames: how many; begin, end: of the stretch, at the sink.
+        processor_s: processor time of the process a frame. The lead-in is in it and in its
+            frames, since the source is ahead of the sink by a part of them.
+        threads: the same by thread name, "other" for those that Python does not know.
+    """
 
     frames: int
     begin: Moment
     end: Moment
+    processor_s: float
+    threads: dict[str, float] = field(default_factory=dict)
 
     @property
     def wall_s(self) -> float:
@@ -210,7 +216,6 @@ class Around(Sink):
         self._inner = inner
         self.policy = inner.policy
         self.capacity = inner.capacity
-        self.finished = inner.finished
         self.device = CPU
 
     def attach(self, source: Source) -> None:
@@ -260,7 +265,7 @@ class _Meter(Around):
         self.done = threading.Event()
         self.detailed = False
         self._seen = self._lead = self._goal = 0
-        self.begin = self.end = Moment(0.0, 0.0)
+        self.begin = self.end = Moment(0.0)
 
     def expect(self, lead: int, goal: int, detailed: bool) -> None:
         self._seen, self._lead, self._goal = 0, lead, goal
@@ -275,9 +280,9 @@ class _Meter(Around):
         self._seen += 1
         if self._seen == self._lead:
             details = self._details() if self.detailed else {}
-            self.begin = Moment(self.clock.now_s(), processor_s(), **details)
+            self.begin = Moment(self.clock.now_s(), **details)
         elif self._seen == self._goal:
-            self.end = Moment(self.clock.now_s(), processor_s())
+            self.end = Moment(self.clock.now_s())
             if self.detailed:
                 self.end = replace(self.end, **self._details())
             self.done.set()
@@ -293,7 +298,7 @@ class _Meter(Around):
                 "free_blocks": memory.n_free_blocks(),
                 "pinned_free_blocks": cupy.get_default_pinned_memory_pool().n_free_blocks(),
             }
-        return {"threads": thread_times(), "pool": pool, "waits": dict(host_waits.by_thread)}
+        return {"pool": pool, "waits": dict(host_waits.by_thread)}
 
 
 def copied(frame: Frame) -> Frame:
@@ -370,15 +375,30 @@ class Rig:
     def burst(self, frames: int, *, detailed: bool = False) -> Burst:
         """Run a lead-in, then so many frames more, and time these.
 
+        Both are whole bundles, where frames go in such: the rest of one would not come.
+
         Raises:
             VidpipeError: a stage failed.
         """
-        lead = min(LEAD_IN, max(1, frames // 3))
-        self._meter.expect(lead, lead + frames, detailed)
-        self._source.give(lead + frames)
+        bundle = self._source.bundle
+        lead = -(-min(LEAD_IN, max(1, frames // 3)) // bundle) * bundle
+        frames = -(-frames // bundle) * bundle
+        every = lead + frames
+        self._meter.expect(lead, every, detailed)
+        before = thread_times() if detailed else {}
+        begin_s = processor_s()
+        self._source.give(every)
         while not self._meter.done.wait(0.1):
             self._check()
-        return Burst(frames, self._meter.begin, self._meter.end)
+        used_s = processor_s() - begin_s
+        after = thread_times() if detailed else {}
+        return Burst(
+            frames,
+            self._meter.begin,
+            self._meter.end,
+            used_s / every,
+            {name: (at_s - before.get(name, 0.0)) / every for name, at_s in after.items()},
+        )
 
     def _check(self) -> None:
         if self.pipeline.error is not None:

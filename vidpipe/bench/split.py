@@ -196,7 +196,8 @@ def together(watches: Sequence[Sequence[tuple[float, float]]]) -> Burst:
             hint="Take a longer one, or --frames with a higher number",
         )
     frames = sum(bisect_right(seen, end) - bisect_right(seen, begin) for seen in watches)
-    return Burst(frames, Moment(*begin), Moment(*end))
+    (begin_s, used_before_s), (end_s, used_s) = begin, end
+    return Burst(frames, Moment(begin_s), Moment(end_s), (used_s - used_before_s) / max(frames, 1))
 
 
 def whole_fps(watches: Sequence[Sequence[tuple[float, float]]]) -> float:
@@ -388,7 +389,6 @@ class SplitChain(Chain):
         for name, group in self._groups.items():
             self._say(f"warming up: {name}")
             frames = options.frames or frames_for(group[0].burst, options.seconds)
-            self._figures[name].frames = frames
             turns[name] = _at_once(group, frames) if name == "encode" else _in_turn(group, frames)
         for end in options.ends:
             name = _ENDS["null" if self._device == CPU and end == "host" else end]
@@ -417,7 +417,6 @@ class SplitChain(Chain):
             seen = [watch.seen for watch in run.watches]
             burst = together(seen)
             self._wholes.setdefault(name, []).append(whole_fps(seen))
-            self._figures[name].frames = burst.frames
             return [burst]
 
         return turn
@@ -460,6 +459,8 @@ def _at_once(group: Sequence[Rig], frames: int) -> Callable[[], list[Burst]]:
 
     def turn() -> list[Burst]:
         with ThreadPoolExecutor(len(group), "bench") as pool:
-            return list(pool.map(lambda rig: rig.burst(frames), group))
+            bursts = pool.map(lambda rig: rig.burst(frames), group)
+            # Each has seen the processor time of all.
+            return [replace(b, processor_s=b.processor_s / len(group)) for b in bursts]
 
     return turn

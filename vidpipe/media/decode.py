@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +26,10 @@ from vidpipe.media.deinterlace import Deinterlacer
 from vidpipe.media.probe import (
     MediaInfo,
     color_of,
-    fraction,
     open_input,
     pick_video,
     probe_first_frame,
+    seek,
 )
 from vidpipe.stage import Source
 
@@ -267,7 +268,7 @@ class Decode(Source):
         assert self.info is not None
         with self._opened(hardware) as (container, stream):
             if start:
-                _seek(container, stream, start)
+                seek(container, stream, start)
             reader = _Reader(self, time_base, self.info.video.color, self._outlet)
             yield from self._all(container, stream, reader)
 
@@ -506,7 +507,7 @@ class _Reader:
         self._time_base = time_base
         self._color = color
         self._graph: Deinterlacer | None = None
-        self._bundle: list[av.VideoFrame] = []
+        self._surfaces: list[av.VideoFrame] = []
         self._spec: FrameSpec | None = None
         self._key: tuple[Any, ...] = ()
         self._format = PIXEL_FORMATS["yuv420p"]
@@ -514,24 +515,15 @@ class _Reader:
 
     def take(self, picture: av.VideoFrame) -> Iterator[Frame]:
         """Take one decoded picture, give the frames that are ready."""
-        # NVDEC stands still while the host turns pictures into frames, which takes less for some
-        # at once than after a wait for each.
-        self._bundle.append(picture)
-        if len(self._bundle) >= self._source.bundle or picture.format.name != "cuda":
-            yield from self._take_bundle()
-
-    def _take_bundle(self) -> Iterator[Frame]:
-        bundle, self._bundle = self._bundle, []
-        for picture in bundle:
-            yield from self._take(picture)
-
-    def _take(self, picture: av.VideoFrame) -> Iterator[Frame]:
-        if picture.is_corrupt:
-            self._source.counts.damaged_frames += 1
-        if picture.pts is None:
-            picture.pts = picture.dts
-        if picture.format.name == "cuda" and self._wanted(picture):
-            raise _NotInHardware("its pictures are deinterlaced there")
+        if picture.format.name == "cuda":
+            # NVDEC stands still while the host turns surfaces into frames, which takes less for
+            # some at once than after a wait for each.
+            self._surfaces.append(picture)
+            if len(self._surfaces) >= self._source.bundle:
+                yield from self._take_surfaces()
+            return
+        yield from self._take_surfaces()
+        self._note(picture)
         if self._graph is not None and not self._graph.takes(picture):
             yield from self._flush_graph()
         if self._graph is None and self._wanted(picture):
@@ -544,9 +536,42 @@ class _Reader:
         for done in self._graph.take(picture):
             yield self._frame(done)
 
+    def _note(self, picture: av.VideoFrame) -> None:
+        if picture.is_corrupt:
+            self._source.counts.damaged_frames += 1
+        if picture.pts is None:
+            picture.pts = picture.dts
+
+    def _take_surfaces(self) -> Iterator[Frame]:
+        surfaces, self._surfaces = self._surfaces, []
+        shown: list[tuple[av.VideoFrame, Frame]] = []
+        for picture in surfaces:
+            self._note(picture)
+            try:
+                if self._wanted(picture):
+                    raise _NotInHardware("its pictures are deinterlaced there")
+                frame = self._described(picture, self._spec_of(picture), ())
+            except _NotInHardware:
+                yield from self._give(shown)
+                raise
+            if shown and frame.spec is not shown[0][1].spec:
+                yield from self._give(shown)
+            shown.append((picture, frame))
+        yield from self._give(shown)
+
+    def _give(self, shown: list[tuple[av.VideoFrame, Frame]]) -> Iterator[Frame]:
+        """Give the frames of surfaces, all of one spec, and empty the list."""
+        if not shown:
+            return
+        assert self._outlet is not None
+        frames = deque(self._outlet.from_surfaces(shown))
+        shown.clear()
+        while frames:
+            yield frames.popleft()
+
     def flush(self) -> Iterator[Frame]:
         """Give what is held back."""
-        yield from self._take_bundle()
+        yield from self._take_surfaces()
         yield from self._flush_graph()
 
     def _flush_graph(self) -> Iterator[Frame]:
@@ -563,20 +588,19 @@ class _Reader:
 
     def _frame(self, picture: av.VideoFrame) -> Frame:
         spec = self._spec_of(picture)
-        on_gpu = picture.format.name == "cuda"
         if self._converter is not None:
             picture = _with_props(self._converter(picture, spec.resolved_color()), picture)
-        frame = Frame(
-            () if on_gpu else planes_of(picture, self._format),
+        frame = self._described(picture, spec, planes_of(picture, self._format))
+        return frame if self._outlet is None else self._outlet.from_host(frame)
+
+    @staticmethod
+    def _described(picture: av.VideoFrame, spec: FrameSpec, planes: tuple[Any, ...]) -> Frame:
+        return Frame(
+            planes,
             spec,
             _NO_PTS if picture.pts is None else picture.pts,
             picture.duration or None,
             side_data=_carrier(picture),
-        )
-        if self._outlet is None:
-            return frame
-        return (
-            self._outlet.from_surface(picture, frame) if on_gpu else self._outlet.from_host(frame)
         )
 
     def _spec_of(self, picture: av.VideoFrame) -> FrameSpec:
@@ -657,30 +681,3 @@ def _carrier(picture: av.VideoFrame) -> av.VideoFrame | None:
         # the garbage collector finds them. FFmpeg's own side data stay where they are.
         entries.__init__(_NOTHING)
     return picture.reformat(16, 16, "gray") if "A53_CC" in names else None
-
-
-def _seek(
-    container: av.container.InputContainer, stream: av.video.stream.VideoStream, start: Fraction
-) -> None:
-    """Go to a key frame at or before `start` seconds.
-
-    Formats without an index land anywhere, so it is looked whether a key frame that is
-    early enough follows; if not, further back, at last from the beginning.
-    """
-    base = fraction(stream.time_base) or Fraction(1, 1000)
-    for back_s in (0, 2, 10, 60):
-        try:
-            container.seek(int((start - back_s) / base), stream=stream)
-            key = next((p for p in container.demux(stream) if p.is_keyframe), None)
-            time = key.pts if key is not None else None
-            if time is not None and time * base <= start:
-                container.seek(int((start - back_s) / base), stream=stream)
-                return
-        except av.error.FFmpegError:
-            break
-    try:
-        container.seek(0)
-    except av.error.FFmpegError as error:
-        raise MediaError(
-            f"'{container.name}' cannot be searched for a start time", hint="Leave --start out"
-        ) from error

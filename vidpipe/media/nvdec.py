@@ -7,6 +7,7 @@ and the legacy stream waits for that copy before it may decode into the same sur
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,16 +72,26 @@ class Surfaces:
         shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
         self.ring = Ring(shapes, depth, spec.device)
 
-    def frame(self, picture: av.VideoFrame, like: Frame) -> Frame:
-        """Return a frame of the ring that shows a surface.
+    def frames(self, shown: Iterable[tuple[av.VideoFrame, Frame]]) -> list[Frame]:
+        """Return frames of the ring that show surfaces.
 
         Args:
-            picture: a surface in `spec`'s size and format.
-            like: gives the time and side data.
+            shown: surfaces in `spec`'s size and format, each with a frame that has its time and
+                side data.
         """
+        stream = self._stream
+        stream.wait_event(self._legacy.record(self._decoded))
+        frames = [self._copy(picture, like) for picture, like in shown]
+        # One event for all of them: of two streams' waits for each other, each costs the host.
+        ready = stream.record()
+        self._legacy.wait_event(ready)
+        for frame in frames:
+            frame.ready = ready
+        return frames
+
+    def _copy(self, picture: av.VideoFrame, like: Frame) -> Frame:
         runtime, stream = self._runtime, self._stream
         slot, planes = self.ring.lease()
-        stream.wait_event(self._legacy.record(self._decoded))
         slot.write_by(stream)
         plane: Any
         for plane, target in zip(picture.planes, planes, strict=True):
@@ -95,9 +106,7 @@ class Surfaces:
                 runtime.memcpyDeviceToDevice,
                 stream.ptr,
             )
-        ready = stream.record()
-        self._legacy.wait_event(ready)
-        return like.replace(planes, self._spec, slot=slot, ready=ready)
+        return like.replace(planes, self._spec, slot=slot)
 
     def close(self) -> None:
         """Wait until the last surface is copied."""
@@ -132,14 +141,19 @@ class Outlet:
         else:
             self._mover = Mover(replace(spec, device=CPU), spec.device, self._depth)
 
-    def from_surface(self, picture: av.VideoFrame, frame: Frame) -> Frame:
-        """Return the frame with the planes of a surface; `frame` has everything else."""
-        if self._surfaces is None or frame.spec is not self._given:
-            if self._surfaces is None or frame.spec != self.spec:
-                self._make(frame.spec, True)
-            self._given = frame.spec
+    def from_surfaces(self, shown: list[tuple[av.VideoFrame, Frame]]) -> list[Frame]:
+        """Return frames with the planes of surfaces.
+
+        Args:
+            shown: surfaces, each with a frame that has everything else; all of one spec.
+        """
+        spec = shown[0][1].spec
+        if self._surfaces is None or spec is not self._given:
+            if self._surfaces is None or spec != self.spec:
+                self._make(spec, True)
+            self._given = spec
         assert self._surfaces is not None
-        return self._surfaces.frame(picture, frame)
+        return self._surfaces.frames(shown)
 
     def from_host(self, frame: Frame) -> Frame:
         """Return the frame uploaded."""

@@ -342,6 +342,33 @@ def pick_video(
     return video
 
 
+def seek(
+    container: av.container.InputContainer, stream: av.video.stream.VideoStream, start: Fraction
+) -> None:
+    """Go to a key frame at or before `start` seconds.
+
+    Formats without an index land anywhere, so it is looked whether a key frame that is
+    early enough follows; if not, further back, at last from the beginning.
+    """
+    base = fraction(stream.time_base) or Fraction(1, 1000)
+    for back_s in (0, 2, 10, 60):
+        try:
+            container.seek(int((start - back_s) / base), stream=stream)
+            key = next((p for p in container.demux(stream) if p.is_keyframe), None)
+            time = key.pts if key is not None else None
+            if time is not None and time * base <= start:
+                container.seek(int((start - back_s) / base), stream=stream)
+                return
+        except av.error.FFmpegError:
+            break
+    try:
+        container.seek(0)
+    except av.error.FFmpegError as error:
+        raise MediaError(
+            f"'{container.name}' cannot be searched for a start time", hint="Leave --start out"
+        ) from error
+
+
 def _first_frame(
     container: av.container.InputContainer, video: av.video.stream.VideoStream, path: Path
 ) -> av.VideoFrame:

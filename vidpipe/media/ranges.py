@@ -30,8 +30,8 @@ from vidpipe.media.decode import (
     _Counts,
     _NotInHardware,
     _Reader,
-    _seek,
 )
+from vidpipe.media.probe import seek
 
 SHORTEST_S = 2.0
 LONGEST_S = 10.0
@@ -108,7 +108,7 @@ def _packets(
     """Open a file to read its picture from a key frame at or before `start` seconds."""
     with source._opened(hardware=False) as (container, stream):
         if start:
-            _seek(container, stream, start)
+            seek(container, stream, start)
         yield container, stream
 
 
@@ -424,7 +424,7 @@ class RangeDecode(Decode):
             if place is None:
                 container.seek(0)
             else:
-                _seek(container, stream, place * base)
+                seek(container, stream, place * base)
             damage = counts.corrupt_packets, counts.damaged_frames
             last = place == segment.before
             for frame in self._all(container, stream, self._reader()):

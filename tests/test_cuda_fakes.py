@@ -14,7 +14,7 @@ import modelgen
 import numpy as np
 import pytest
 
-from vidpipe import trace
+from vidpipe import pipeline, trace
 from vidpipe.device import CPU, Device, Ring, host_waits, new_stream
 from vidpipe.errors import DeviceError, DeviceMemoryError, VidpipeError
 from vidpipe.frame import Frame, FrameSpec
@@ -372,11 +372,23 @@ def test_frames_of_a_file_go_in_bundles_where_there_is_memory_for_it(
     source.bundles = bundles
     graph, up = Graph("test"), Transfer(device="cuda")
     graph.add("in", source).add("up", up, "in").add("out", Null(), "up")
-    pipeline = Pipeline(graph, vram_limit=limit)
-    pipeline.plan()
+    Pipeline(graph, vram_limit=limit).plan()
     assert source.bundle == bundle
     # On the link behind it, kept by the reader, in its hands, and written to.
     assert up.ring_depth == (2 * bundle) + 8 + 2
+
+
+def test_frames_to_the_host_go_in_bundles_where_there_is_memory_for_it_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {GPU: 1 << 40, CPU: 1 << 40}
+    monkeypatch.setattr(pipeline, "available_bytes", free.__getitem__)
+    source = FrameSource(replace(SPEC, device=GPU), [])
+    source.bundles = True
+    graph = Graph("test").add("in", source).add("out", Reader(), "in")
+    for free[CPU], bundle in ((1 << 40, 8), (100_000, 1)):
+        Pipeline(graph).plan()
+        assert source.bundle == bundle
 
 
 def test_a_given_capacity_is_kept_where_frames_go_one_at_a_time(script: Any) -> None:

@@ -293,16 +293,16 @@ class Pipeline:
                     runner.input.bundle, runner.input.capacity = bundle, capacity
             self._set_ring_depths()
             if all(
-                _ring_bytes(rings, specs) <= available_bytes(gpu) // _BUNDLES_SHARE
-                for gpu, rings in self._rings(specs).items()
+                _ring_bytes(rings, specs) <= available_bytes(device) // _BUNDLES_SHARE
+                for device, rings in self._rings(specs).items()
             ):
                 break
 
     def _rings(self, specs: dict[str, FrameSpec]) -> dict[Device, list[Runner]]:
-        """Return by GPU the sources and stages whose rings are there."""
+        """Return by device the sources and stages whose rings are there."""
         found: dict[Device, list[Runner]] = {}
         for name, runner in self._runners.items():
-            if name in specs and specs[name].device != CPU:
+            if name in specs:
                 found.setdefault(specs[name].device, []).append(runner)
         return found
 
@@ -323,7 +323,9 @@ class Pipeline:
         Raises:
             SpecError: the frames alone need more.
         """
-        for gpu, rings in self._rings(specs).items():
+        found = self._rings(specs)
+        found.pop(CPU, None)
+        for gpu, rings in found.items():
             needed = _ring_bytes(rings, specs)
             if needed > limit // 2:
                 for link in (link for runner in rings for link in runner.outputs):

@@ -375,7 +375,7 @@ class Rig:
     def burst(self, frames: int, *, detailed: bool = False) -> Burst:
         """Run a lead-in, then so many frames more, and time these.
 
-        Both are whole bundles, where frames go in such: the rest of one would not come.
+        Both are whole bundles, where frames go in such: a part of one would come late.
 
         Raises:
             VidpipeError: a stage failed.

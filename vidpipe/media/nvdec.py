@@ -7,7 +7,6 @@ and the legacy stream waits for that copy before it may decode into the same sur
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -72,7 +71,7 @@ class Surfaces:
         shapes = [(shape, spec.format.dtype) for shape in spec.plane_shapes()]
         self.ring = Ring(shapes, depth, spec.device)
 
-    def frames(self, shown: Iterable[tuple[av.VideoFrame, Frame]]) -> list[Frame]:
+    def frames(self, shown: list[tuple[av.VideoFrame, Frame]]) -> list[Frame]:
         """Return frames of the ring that show surfaces.
 
         Args:
@@ -82,7 +81,7 @@ class Surfaces:
         stream = self._stream
         stream.wait_event(self._legacy.record(self._decoded))
         frames = [self._copy(picture, like) for picture, like in shown]
-        # One event for all of them: of two streams' waits for each other, each costs the host.
+        # One event for them all, in either direction, instead of one for each.
         ready = stream.record()
         self._legacy.wait_event(ready)
         for frame in frames:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -102,7 +103,7 @@ def test_a_rig_gives_so_many_frames_at_a_time_and_stays_open() -> None:
     bursts = [one.burst(n) for n in (3, 30, 300)]
     assert [b.frames for b in bursts] == [3, 30, 300]
     assert stage.frames == (1 + 3) + (10 + 30) + (32 + 300)  # each after a lead-in
-    assert all(b.wall_s > 0 and b.processor_s >= 0 for b in bursts)
+    assert all(b.wall_s > 0 and b.processor_s > 0 for b in bursts)
     assert stage.depths == [4]
     assert stage.ring.grown == 0
     report = one.close()
@@ -176,6 +177,21 @@ def test_an_interruption_while_a_rig_opens_leaves_nothing_behind() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("vidpipe-"):
             thread.join(30)
+
+
+def test_a_burst_is_of_whole_bundles() -> None:
+    stage = Counts()
+    one = rig.Rig("bundles", rig.Repeat([pattern(spec())]), [stage], Null())
+    one._source.bundle = 4
+    assert one.burst(9).frames == 12
+    assert stage.frames == 4 + 12
+    one.close()
+
+
+def test_rigs_at_once_share_the_processor_time_that_each_has_seen() -> None:
+    seen = rig.Burst(3, rig.Moment(0.0), rig.Moment(1.0), 0.4)
+    group: Any = [SimpleNamespace(burst=lambda _: seen)] * 2
+    assert [burst.processor_s for burst in split._at_once(group, 3)()] == [0.2, 0.2]
 
 
 def test_a_burst_in_detail_knows_the_threads() -> None:

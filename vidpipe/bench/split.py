@@ -197,7 +197,7 @@ def together(watches: Sequence[Sequence[tuple[float, float]]]) -> Burst:
         )
     frames = sum(bisect_right(seen, end) - bisect_right(seen, begin) for seen in watches)
     (begin_s, used_before_s), (end_s, used_s) = begin, end
-    return Burst(frames, Moment(begin_s), Moment(end_s), (used_s - used_before_s) / max(frames, 1))
+    return Burst(frames, Moment(begin_s), Moment(end_s), (used_s - used_before_s) / frames)
 
 
 def whole_fps(watches: Sequence[Sequence[tuple[float, float]]]) -> float:
